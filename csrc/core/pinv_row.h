@@ -1,0 +1,255 @@
+// The pseudo-inverse of one row's Jacobian J (l x d), the only place where (J J^T)^-1 is written.
+//
+//   apply   y = J^T (J J^T)^-1 r      adjoint   s = (J J^T)^-1 J g
+//
+// Every row of J is first divided by its length, u_k = j_k / |j_k|, so that differently scaled outputs
+// cost no digits and squares cannot overflow. Then
+//   l = 1   the closed form of Eq. 5;
+//   l = 2   w = u_2 - (u_1 . u_2) u_1: the two rows are orthogonalised instead of inverting the Gram
+//           determinant 1 - (u_1 . u_2)^2, which cancels in float32;
+//   l > 2   Cholesky of the Gram matrix of the u_k, accumulated in double.
+#pragma once
+
+#include <math.h>
+
+#include "limits.h"
+#include "params.h"
+#include "portability.h"
+#include "status.h"
+#include "storage.h"
+#include "team.h"
+
+namespace levelset {
+
+// 1 / |j| of one row, or why there is none. `at(j)` returns column j in arithmetic type A.
+template <typename A, typename Team, typename Columns, typename At>
+LEVELSET_HD RowStatus inverse_norm(const Team& team, Columns d, At at, A& inverse) {
+  const A squares =
+      team.template reduce<Sum, 1, A>(d, [&](std::int64_t j) {
+            const A x = at(j);
+            return Partial<A, 1>{{x * x}};
+          }).value[0];
+  if (squares > FloatRange<A>::squares_low && squares < FloatRange<A>::squares_high) {
+    inverse = A(1) / sqrt(squares);
+    return RowStatus::kConverged;
+  }
+  const A largest =
+      team.template reduce<MaxKeepingNan, 1, A>(d, [&](std::int64_t j) {
+            return Partial<A, 1>{{A(fabs(at(j)))}};
+          }).value[0];
+  inverse = A(0);
+  if (!(largest <= FloatRange<A>::largest)) return RowStatus::kNonFinite;
+  if (largest < FloatRange<A>::smallest_normal) return RowStatus::kRankDeficient;
+  const A scaled =
+      team.template reduce<Sum, 1, A>(d, [&](std::int64_t j) {
+            const A x = at(j) / largest;
+            return Partial<A, 1>{{x * x}};
+          }).value[0];
+  const A norm = largest * sqrt(scaled);
+  if (!(norm <= FloatRange<A>::largest)) return RowStatus::kNonFinite;
+  inverse = A(1) / norm;
+  return RowStatus::kConverged;
+}
+
+// Factorisation of one row, ready for apply and adjoint. L is 1, 2 or kAnyOutputs and `outputs` is l;
+// Columns is std::int64_t or FixedColumns.
+template <typename S, typename A, int L, typename Team, typename Columns>
+class PinvRow {
+ public:
+  static constexpr int kSize = L == kAnyOutputs ? kMaxOutputs : L;
+
+  LEVELSET_HD PinvRow(const Team& team, const S* jacobian, int outputs, Columns d)
+      : team_(team), jacobian_(jacobian), d_(d), outputs_(outputs) {}
+
+  LEVELSET_HD int outputs() const { return L == kAnyOutputs ? outputs_ : L; }
+
+  LEVELSET_HD RowStatus factorise() {
+    for (int k = 0; k < outputs(); ++k) {
+      const RowStatus status = inverse_norm<A>(
+          team_, d_, [&](std::int64_t j) { return load(jacobian_[k * d_ + j]); }, inverse_[k]);
+      if (status != RowStatus::kConverged) return status;
+    }
+    if constexpr (L == 1) return RowStatus::kConverged;
+    if constexpr (L == 2) return orthogonalise();
+    if constexpr (L == kAnyOutputs) return cholesky();
+  }
+
+  // Finds the weights of y = sum_k weight_k basis_k for apply(j), and returns |y|.
+  LEVELSET_HD A prepare_apply(const A (&r)[kSize]) {
+    if constexpr (L == 1) {
+      weight_[0] = r[0] * inverse_[0];
+      return A(fabs(weight_[0]));
+    } else if constexpr (L == 2) {
+      weight_[0] = r[0] * inverse_[0];
+      weight_[1] = (r[1] * inverse_[1] - cosine_ * weight_[0]) * inverse_residue_;
+      // |basis_1| = 1 and |basis_2|^2 = |w|^2 = 1 / inverse_residue_.
+      return A(sqrt(weight_[0] * weight_[0] + weight_[1] * weight_[1] / inverse_residue_));
+    } else {
+      double rhs[kSize], solution[kSize];
+      for (int k = 0; k < outputs_; ++k) rhs[k] = double(r[k]) * double(inverse_[k]);
+      solve(rhs, solution);
+      double squares = 0;
+      for (int k = 0; k < outputs_; ++k) {
+        squares += rhs[k] * solution[k];
+        weight_[k] = A(solution[k]);
+      }
+      // Rounding may leave a tiny negative number; a NaN must stay one.
+      return A(sqrt(squares < 0 ? 0.0 : squares));
+    }
+  }
+
+  // Column j of y, after prepare_apply.
+  LEVELSET_HD A apply(std::int64_t j) const {
+    if constexpr (L == 1) {
+      return weight_[0] * unit(0, j);
+    } else if constexpr (L == 2) {
+      const A first = unit(0, j);
+      return weight_[0] * first + weight_[1] * (unit(1, j) - cosine_ * first);
+    } else {
+      A y = A(0);
+      for (int k = 0; k < outputs_; ++k) y += weight_[k] * unit(k, j);
+      return y;
+    }
+  }
+
+  // s = (J J^T)^-1 J g, the same on every member of the team. `at(j)` returns column j of g.
+  template <typename At>
+  LEVELSET_HD void adjoint(At at, A (&s)[kSize]) const {
+    if constexpr (L == 1) {
+      s[0] = team_.template reduce<Sum, 1, A>(d_, [&](std::int64_t j) {
+                    return Partial<A, 1>{{unit(0, j) * at(j)}};
+                  }).value[0];
+    } else if constexpr (L == 2) {
+      const Partial<A, 2> dot = team_.template reduce<Sum, 2, A>(d_, [&](std::int64_t j) {
+        const A first = unit(0, j), g = at(j);
+        return Partial<A, 2>{{first * g, (unit(1, j) - cosine_ * first) * g}};
+      });
+      s[1] = dot.value[1] * inverse_residue_;
+      s[0] = dot.value[0] - cosine_ * s[1];
+    } else {
+      const auto dot = dots([&](std::int64_t j) { return double(at(j)); }, outputs_);
+      double solution[kSize];
+      solve(dot.value, solution);
+      for (int k = 0; k < outputs_; ++k) s[k] = A(solution[k]);
+    }
+    for (int k = 0; k < outputs(); ++k) s[k] *= inverse_[k];
+  }
+
+ private:
+  LEVELSET_HD A unit(int k, std::int64_t j) const {
+    return load(jacobian_[k * d_ + j]) * inverse_[k];
+  }
+
+  LEVELSET_HD RowStatus orthogonalise() {
+    cosine_ = team_.template reduce<Sum, 1, A>(d_, [&](std::int64_t j) {
+                     return Partial<A, 1>{{unit(0, j) * unit(1, j)}};
+                   }).value[0];
+    // A second sweep removes what rounding left of u_1 in w, and measures w.
+    const Partial<A, 2> sweep = team_.template reduce<Sum, 2, A>(d_, [&](std::int64_t j) {
+      const A first = unit(0, j);
+      const A w = unit(1, j) - cosine_ * first;
+      return Partial<A, 2>{{first * w, w * w}};
+    });
+    cosine_ += sweep.value[0];
+    const A squares = sweep.value[1] - sweep.value[0] * sweep.value[0];
+    const A tolerance = RankTolerance<A>::value;
+    if (!(squares > tolerance * tolerance)) return RowStatus::kRankDeficient;
+    inverse_residue_ = A(1) / squares;
+    return RowStatus::kConverged;
+  }
+
+  // u_k . x for the first `count` rows, in one pass and in double.
+  template <typename At>
+  LEVELSET_HD Partial<double, kSize> dots(At at, int count) const {
+    return team_.template reduce<Sum, kSize, double>(d_, [&](std::int64_t j) {
+      const double x = at(j);
+      Partial<double, kSize> term;
+      for (int k = 0; k < kSize; ++k) term.value[k] = k < count ? double(unit(k, j)) * x : 0.0;
+      return term;
+    });
+  }
+
+  LEVELSET_HD RowStatus cholesky() {
+    // The diagonal of the Gram matrix is 1 by construction. Pivot a is the squared length of the part
+    // of u_a that is orthogonal to the rows before it, which is what the rank rule asks for.
+    const double tolerance = double(RankTolerance<A>::value);
+    factor_[0][0] = 1.0;
+    for (int a = 1; a < outputs_; ++a) {
+      const auto gram = dots([&](std::int64_t j) { return double(unit(a, j)); }, a);
+      double pivot = 1.0;
+      for (int b = 0; b < a; ++b) {
+        double x = gram.value[b];
+        for (int c = 0; c < b; ++c) x -= factor_[a][c] * factor_[b][c];
+        x /= factor_[b][b];
+        factor_[a][b] = x;
+        pivot -= x * x;
+      }
+      if (!(pivot > tolerance * tolerance)) return RowStatus::kRankDeficient;
+      factor_[a][a] = sqrt(pivot);
+    }
+    return RowStatus::kConverged;
+  }
+
+  // Solves with the Gram matrix: forward, then backward substitution.
+  LEVELSET_HD void solve(const double (&rhs)[kSize], double (&x)[kSize]) const {
+    for (int a = 0; a < outputs_; ++a) {
+      double y = rhs[a];
+      for (int b = 0; b < a; ++b) y -= factor_[a][b] * x[b];
+      x[a] = y / factor_[a][a];
+    }
+    for (int a = outputs_ - 1; a >= 0; --a) {
+      double y = x[a];
+      for (int b = a + 1; b < outputs_; ++b) y -= factor_[b][a] * x[b];
+      x[a] = y / factor_[a][a];
+    }
+  }
+
+  static constexpr int kFactor = L == kAnyOutputs ? kMaxOutputs : 1;
+
+  const Team& team_;
+  const S* jacobian_;
+  Columns d_;
+  int outputs_;
+  A inverse_[kSize] = {};            // 1 / |j_k|
+  A weight_[kSize] = {};             // set by prepare_apply
+  A cosine_ = A(0);                  // l = 2: u_1 . u_2
+  A inverse_residue_ = A(0);         // l = 2: 1 / |w|^2
+  double factor_[kFactor][kFactor];  // l > 2: lower Cholesky factor of the Gram matrix
+};
+
+template <typename S, typename A, int L, typename Team, typename Columns>
+LEVELSET_HD void pinv_apply_row(const Team& team, const PinvParams<S>& p, std::int64_t i, Columns d) {
+  using Pinv = PinvRow<S, A, L, Team, Columns>;
+  Pinv pinv(team, p.jacobian + i * p.outputs * d, p.outputs, d);
+  const RowStatus status = pinv.factorise();
+  S* y = p.output + i * d;
+  if (status == RowStatus::kConverged) {
+    A residual[Pinv::kSize];
+    for (int k = 0; k < pinv.outputs(); ++k) residual[k] = load(p.input[i * p.outputs + k]);
+    pinv.prepare_apply(residual);
+    team.for_each(d, [&](std::int64_t j) { y[j] = store<S>(pinv.apply(j)); });
+  } else {
+    team.for_each(d, [&](std::int64_t j) { y[j] = store<S>(A(0)); });
+  }
+  if (team.leads()) p.status[i] = std::int8_t(status);
+}
+
+template <typename S, typename A, int L, typename Team, typename Columns>
+LEVELSET_HD void pinv_adjoint_row(const Team& team, const PinvParams<S>& p, std::int64_t i, Columns d) {
+  using Pinv = PinvRow<S, A, L, Team, Columns>;
+  Pinv pinv(team, p.jacobian + i * p.outputs * d, p.outputs, d);
+  const RowStatus status = pinv.factorise();
+  const S* g = p.input + i * d;
+  A s[Pinv::kSize];
+  if (status == RowStatus::kConverged) {
+    pinv.adjoint([&](std::int64_t j) { return load(g[j]); }, s);
+  } else {
+    for (int k = 0; k < pinv.outputs(); ++k) s[k] = A(0);
+  }
+  if (team.leads()) {
+    for (int k = 0; k < pinv.outputs(); ++k) p.output[i * p.outputs + k] = store<S>(s[k]);
+    p.status[i] = std::int8_t(status);
+  }
+}
+
+}  // namespace levelset

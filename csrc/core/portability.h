@@ -1,0 +1,10 @@
+// Lets one header serve g++ and nvcc.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LEVELSET_HD __host__ __device__ __forceinline__
+#else
+#define LEVELSET_HD inline
+#endif

@@ -1,0 +1,89 @@
+// CPU side of the ops: check, allocate, walk the rows on torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <algorithm>
+
+#include "../cpu/rows.h"
+#include "rows.h"
+
+namespace levelset::glue {
+namespace {
+
+// Rows for one thread: enough numbers to outweigh the cost of waking it.
+std::int64_t grain(std::int64_t outputs, std::int64_t columns) {
+  constexpr std::int64_t kNumbers = 32768;
+  return std::max<std::int64_t>(1, kNumbers / std::max<std::int64_t>(1, outputs * columns));
+}
+
+template <typename Rows>
+void over_rows(std::int64_t rows, std::int64_t outputs, std::int64_t columns, Rows run) {
+  if (rows == 0) return;
+  torch::stable::parallel_for(0, rows, grain(outputs, columns), run);
+}
+
+std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual, std::int64_t) {
+  const PinvTensors t = prepare_apply(jacobian, residual);
+  with_wide_dtype(jacobian.scalar_type(), [&](auto zero) {
+    const auto p = t.params<decltype(zero)>();
+    over_rows(t.rows, t.outputs, t.columns,
+              [&](std::int64_t begin, std::int64_t end) { cpu::pinv_apply(p, begin, end); });
+  });
+  return {t.output, t.status};
+}
+
+std::tuple<Tensor, Tensor> pinv_adjoint(const Tensor& jacobian, const Tensor& gradient, std::int64_t) {
+  const PinvTensors t = prepare_adjoint(jacobian, gradient);
+  with_wide_dtype(jacobian.scalar_type(), [&](auto zero) {
+    const auto p = t.params<decltype(zero)>();
+    over_rows(t.rows, t.outputs, t.columns,
+              [&](std::int64_t begin, std::int64_t end) { cpu::pinv_adjoint(p, begin, end); });
+  });
+  return {t.output, t.status};
+}
+
+void run_newton(const NewtonTensors& t) {
+  with_wide_dtype(t.points.scalar_type(), [&](auto zero) {
+    const auto p = t.params<decltype(zero)>();
+    over_rows(t.rows, t.outputs, t.columns,
+              [&](std::int64_t begin, std::int64_t end) { cpu::newton_update(p, begin, end); });
+  });
+}
+
+std::tuple<Tensor, Tensor> newton_update(const Tensor& points, const Tensor& values,
+                                         const Tensor& jacobian, const Tensor& level,
+                                         const std::optional<Tensor>& status,
+                                         const std::optional<Tensor>& lower,
+                                         const std::optional<Tensor>& upper, double tol,
+                                         double max_step, std::int64_t) {
+  const NewtonTensors t =
+      prepare_newton(points, values, jacobian, level, status, lower, upper, tol, max_step);
+  run_newton(t);
+  return {t.next, t.status};
+}
+
+void newton_update_(const Tensor& points, const Tensor& status, const Tensor& values,
+                    const Tensor& jacobian, const Tensor& level, const std::optional<Tensor>& index,
+                    const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, double tol,
+                    double max_step, std::int64_t) {
+  const NewtonTensors t = prepare_newton_inplace(points, status, values, jacobian, level, index, lower,
+                                                 upper, tol, max_step);
+  if (t.index.has_value()) {
+    const auto* row = static_cast<const std::int64_t*>(t.index->const_data_ptr());
+    for (std::int64_t i = 0; i < t.rows; ++i) {
+      require(row[i] >= 0 && row[i] < t.point_rows, "index: expected rows of points, 0 to ",
+                      t.point_rows - 1, ", got ", row[i]);
+    }
+  }
+  run_newton(t);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CPU, library) {
+  library.impl("pinv_apply", TORCH_BOX(&pinv_apply));
+  library.impl("pinv_adjoint", TORCH_BOX(&pinv_adjoint));
+  library.impl("newton_update", TORCH_BOX(&newton_update));
+  library.impl("newton_update_", TORCH_BOX(&newton_update_));
+  // nearest: the k-d tree of SciPy, registered from Python.
+}
+
+}  // namespace levelset::glue

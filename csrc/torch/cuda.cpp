@@ -1,0 +1,152 @@
+// CUDA side of the ops: guard the device, check, allocate, launch on the current stream, check the
+// launch. Compiles and links without a GPU and against a CPU build of torch.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include "../cuda/launch.h"
+#include "rows.h"
+
+// A CPU build of torch lacks this symbol. Weak, it lets the module load there; no tensor on a CUDA
+// device can reach the call.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
+
+namespace levelset::glue {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+cudaStream_t current_stream(const Tensor& t) {
+  require(aoti_torch_get_current_cuda_stream != nullptr,
+                  "levelset_ext: this torch has no CUDA support");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(cudaError_t error, const char* op) {
+  require(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
+}
+
+void expect_team(std::int64_t team) {
+  require(team >= 0 && team <= 3,
+                  "team: expected 0 (automatic), 1 (thread), 2 (warp) or 3 (block per row), got ", team);
+}
+
+template <typename Run>
+void with_dtype(ScalarType dtype, Run run) {
+  switch (dtype) {
+    case ScalarType::Half: return run(__half{});
+    case ScalarType::BFloat16: return run(__nv_bfloat16{});
+    default: return with_wide_dtype(dtype, run);
+  }
+}
+
+std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual,
+                                      std::int64_t team) {
+  const DeviceGuard guard(jacobian.get_device_index());
+  expect_team(team);
+  const PinvTensors t = prepare_apply(jacobian, residual);
+  with_dtype(jacobian.scalar_type(), [&](auto zero) {
+    check_launch(cuda::pinv_apply(t.params<decltype(zero)>(), cuda::RowTeam(team),
+                                  current_stream(jacobian)),
+                 "pinv_apply");
+  });
+  return {t.output, t.status};
+}
+
+std::tuple<Tensor, Tensor> pinv_adjoint(const Tensor& jacobian, const Tensor& gradient,
+                                        std::int64_t team) {
+  const DeviceGuard guard(jacobian.get_device_index());
+  expect_team(team);
+  const PinvTensors t = prepare_adjoint(jacobian, gradient);
+  with_dtype(jacobian.scalar_type(), [&](auto zero) {
+    check_launch(cuda::pinv_adjoint(t.params<decltype(zero)>(), cuda::RowTeam(team),
+                                    current_stream(jacobian)),
+                 "pinv_adjoint");
+  });
+  return {t.output, t.status};
+}
+
+void run_newton(const NewtonTensors& t, std::int64_t team) {
+  expect_team(team);
+  with_dtype(t.points.scalar_type(), [&](auto zero) {
+    check_launch(cuda::newton_update(t.params<decltype(zero)>(), cuda::RowTeam(team),
+                                     current_stream(t.points)),
+                 "newton_update");
+  });
+}
+
+std::tuple<Tensor, Tensor> newton_update(const Tensor& points, const Tensor& values,
+                                         const Tensor& jacobian, const Tensor& level,
+                                         const std::optional<Tensor>& status,
+                                         const std::optional<Tensor>& lower,
+                                         const std::optional<Tensor>& upper, double tol,
+                                         double max_step, std::int64_t team) {
+  const DeviceGuard guard(points.get_device_index());
+  const NewtonTensors t =
+      prepare_newton(points, values, jacobian, level, status, lower, upper, tol, max_step);
+  run_newton(t, team);
+  return {t.next, t.status};
+}
+
+void newton_update_(const Tensor& points, const Tensor& status, const Tensor& values,
+                    const Tensor& jacobian, const Tensor& level, const std::optional<Tensor>& index,
+                    const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, double tol,
+                    double max_step, std::int64_t team) {
+  const DeviceGuard guard(points.get_device_index());
+  const NewtonTensors t = prepare_newton_inplace(points, status, values, jacobian, level, index, lower,
+                                                 upper, tol, max_step);
+  run_newton(t, team);
+}
+
+std::tuple<Tensor, Tensor> nearest(const Tensor& query, const Tensor& cloud) {
+  const DeviceGuard guard(query.get_device_index());
+  expect_dim(query, "query", "(n, d)", 2);
+  expect_dim(cloud, "cloud", "(m, d)", 2);
+  expect_floating(query, "query");
+  expect_same_kind(cloud, "cloud", query, "query");
+  const std::int64_t n = query.size(0), m = cloud.size(0), d = query.size(1);
+  require(m >= 1, "cloud: expected at least one point, got ", format(shape_of(cloud)));
+  expect_shape(cloud, "cloud", "(m, d)", {m, d});
+
+  // Distances are computed in float32 or float64.
+  const ScalarType stored = query.scalar_type();
+  const ScalarType wide = stored == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto widen = [&](const Tensor& t) {
+    return torch::stable::contiguous(stored == wide ? t : torch::stable::to(t, wide));
+  };
+  const Tensor x = widen(query), points = widen(cloud);
+  const std::int64_t splits = cuda::nearest_splits(n, m);
+  const Tensor partial_distance = torch::stable::new_empty(x, Shape{splits, n});
+  const Tensor partial_index = torch::stable::new_empty(x, Shape{splits, n}, ScalarType::Long);
+  const Tensor distance = torch::stable::new_empty(x, Shape{n});
+  const Tensor index = torch::stable::new_empty(x, Shape{n}, ScalarType::Long);
+  with_wide_dtype(wide, [&](auto zero) {
+    using S = decltype(zero);
+    const NearestParams<S> p{n,
+                             m,
+                             d,
+                             static_cast<const S*>(x.const_data_ptr()),
+                             static_cast<const S*>(points.const_data_ptr()),
+                             splits,
+                             static_cast<S*>(partial_distance.mutable_data_ptr()),
+                             static_cast<std::int64_t*>(partial_index.mutable_data_ptr()),
+                             static_cast<S*>(distance.mutable_data_ptr()),
+                             static_cast<std::int64_t*>(index.mutable_data_ptr())};
+    check_launch(cuda::nearest(p, current_stream(x)), "nearest");
+  });
+  return {stored == wide ? distance : torch::stable::to(distance, stored), index};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CUDA, library) {
+  library.impl("pinv_apply", TORCH_BOX(&pinv_apply));
+  library.impl("pinv_adjoint", TORCH_BOX(&pinv_adjoint));
+  library.impl("newton_update", TORCH_BOX(&newton_update));
+  library.impl("newton_update_", TORCH_BOX(&newton_update_));
+  library.impl("nearest", TORCH_BOX(&nearest));
+}
+
+}  // namespace levelset::glue

@@ -1,0 +1,589 @@
+"""The compiled ops, and their derivatives.
+
+With ``J = D_xF`` of full row rank, everything the method needs is two linear maps per row,
+
+    apply    r -> J^T (J J^T)^-1 r      (l -> d)    Newton step (Eq. 4), sample network (Eq. 9)
+    adjoint  g -> (J J^T)^-1 J g        (d -> l)    backward of the sample network (Eq. 8)
+
+With J held fixed each is the transpose of the other, so each is the other's backward. The derivative
+with respect to J is the same expression for both; it is written once below.
+
+Every op exists in two forms that give the same numbers: a function that goes through
+``torch.ops.levelset_ext`` (fake kernel, ``torch.compile``, ``torch.export``, ``vmap``) and a
+``torch.autograd.Function`` for use inside other people's autograd code. A row whose Jacobian has lost
+rank, or is not finite, gives zeros and says so in its status.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from levelset_ext import _C
+
+__all__ = [
+    "NearestDistance",
+    "NewtonUpdate",
+    "PinvAdjoint",
+    "PinvApply",
+    "level_rows",
+    "nearest_distance",
+    "newton_update",
+    "newton_update_",
+    "pinv_adjoint",
+    "pinv_apply",
+    "rank_tolerance",
+]
+
+_raw = torch.ops.levelset_ext
+_CONVERGED = _C.status_codes["CONVERGED"]
+_RUNNING = _C.status_codes["RUNNING"]
+
+
+def _same_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Promotes mixed floating dtypes to a common one, as arithmetic between the tensors would."""
+    present = [t.dtype for t in tensors if t is not None]
+    common = present[0]
+    for dtype in present[1:]:
+        common = torch.promote_types(common, dtype)
+    return tuple(None if t is None else t.to(common) for t in tensors)
+
+
+def rank_tolerance(dtype: torch.dtype) -> float:
+    """The rank rule's fraction for a dtype: 2^-20 for float64, 2^-17 for the others."""
+    return _C.rank_tolerance_float64 if dtype == torch.float64 else _C.rank_tolerance_float32
+
+
+def level_rows(level: Tensor | float, n: int, l: int, like: Tensor) -> Tensor:  # noqa: E741
+    """The level c as the ops take it: (n, l), or (1, l) when all rows share it.
+
+    Args:
+        level: scalar, (l,), (n,) when l = 1, or (n, l). Where shapes coincide (n, l) wins.
+        n, l: rows and network outputs.
+        like: tensor whose dtype and device the result has.
+    """
+    c = torch.as_tensor(level, dtype=like.dtype, device=like.device)
+    shape = tuple(c.shape)
+    if shape in ((), (1,)):
+        return c.reshape(1, 1).expand(1, l)
+    if shape == (n, l):
+        return c
+    if shape == (l,):
+        return c.reshape(1, l)
+    if shape == (n,) and l == 1:
+        return c.reshape(n, 1)
+    raise ValueError(
+        f"level: expected a scalar, (l,) = ({l},), (n, l) = ({n}, {l})"
+        + (f" or (n,) = ({n},)" if l == 1 else "")
+        + f", got {shape}"
+    )
+
+
+# --- pinv_apply and pinv_adjoint ------------------------------------------------------------------
+
+
+def pinv_apply(jacobian: Tensor, residual: Tensor, *, return_status: bool = False) -> Any:
+    """``J^T (J J^T)^-1 r`` for every row: the shortest vector that J maps to ``r``.
+
+    Args:
+        jacobian: J, (n, l, d), floating point, 1 <= l <= 8. On CUDA also float16 and bfloat16, with
+            float32 arithmetic.
+        residual: r, (n, l).
+        return_status: also return the status of every row, (n,) int8.
+
+    Returns:
+        (n, d). A row without full rank gives 0 and status ``RANK_DEFICIENT``; the rule is that a row
+        of J is dependent when its part orthogonal to the rows before it is shorter than
+        :func:`rank_tolerance` of it.
+
+    Differentiable in both arguments, to any order.
+    """
+    jacobian, residual = _same_dtype(jacobian, residual)
+    result, status = _raw.pinv_apply(jacobian, residual)
+    return (result, status) if return_status else result
+
+
+def pinv_adjoint(jacobian: Tensor, gradient: Tensor, *, return_status: bool = False) -> Any:
+    """``(J J^T)^-1 J g`` for every row, the transpose of :func:`pinv_apply`.
+
+    Args:
+        jacobian: J, (n, l, d).
+        gradient: g, (n, d).
+        return_status: also return the status of every row, (n,) int8.
+
+    Returns:
+        (n, l). Differentiable in both arguments, to any order.
+    """
+    jacobian, gradient = _same_dtype(jacobian, gradient)
+    result, status = _raw.pinv_adjoint(jacobian, gradient)
+    return (result, status) if return_status else result
+
+
+def _jacobian_gradient(jacobian: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    """Derivative of the form ``g . J^T (J J^T)^-1 r`` with respect to J.
+
+    With y = J^T (J J^T)^-1 r, s = (J J^T)^-1 r and u = (J J^T)^-1 J g it is
+    s (g - J^T u)^T - u y^T; and s needs no solve of its own, it is the adjoint of y.
+    Both ops have this derivative: the backward of apply contracts its result with g, the backward of
+    adjoint contracts its result with r.
+    """
+    y, status = _raw.pinv_apply(jacobian, r)
+    # A row without full rank gives the constant 0, and its J may hold NaN, which must not spread.
+    usable = (status == _CONVERGED)[:, None, None]
+    jacobian = torch.where(usable, jacobian, 0.0)
+    s, u = pinv_adjoint(jacobian, y), pinv_adjoint(jacobian, g)
+    across = g - torch.einsum("nld,nl->nd", jacobian, u)
+    gradient = torch.einsum("nl,nd->nld", s, across) - torch.einsum("nl,nd->nld", u, y)
+    return torch.where(usable, gradient, 0.0)
+
+
+def _apply_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tensor | None, ...]:
+    jacobian, residual = ctx.saved_tensors
+    return (
+        _jacobian_gradient(jacobian, residual, grad) if ctx.needs_input_grad[0] else None,
+        pinv_adjoint(jacobian, grad) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _adjoint_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tensor | None, ...]:
+    jacobian, gradient = ctx.saved_tensors
+    return (
+        _jacobian_gradient(jacobian, grad, gradient) if ctx.needs_input_grad[0] else None,
+        pinv_apply(jacobian, grad) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _save_two(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+# --- newton_update --------------------------------------------------------------------------------
+
+
+def newton_update(
+    points: Tensor,
+    values: Tensor,
+    jacobian: Tensor,
+    level: Tensor | float = 0.0,
+    *,
+    status: Tensor | None = None,
+    lower: Tensor | None = None,
+    upper: Tensor | None = None,
+    tol: float = 0.0,
+    max_step: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """One generalized Newton step (Eq. 4), ``p - J^T (J J^T)^-1 (F - c)``, for every running row.
+
+    Args:
+        points: p, (n, d), floating point (float16 and bfloat16 on CUDA only).
+        values: F(p), (n, l).
+        jacobian: D_xF(p), (n, l, d), 1 <= l <= 8.
+        level: c, see :func:`level_rows`.
+        status: (n,) int8; rows that are not ``RUNNING`` keep point and status and are not read.
+            None means that every row runs.
+        lower, upper: (d,), box that the next point is clamped to.
+        tol: a row with max_j |F_j - c_j| <= tol stays where it is and becomes ``CONVERGED``.
+        max_step: longest step, an L2 length in the units of the points; longer ones are shortened.
+
+    Returns:
+        The next points (n, d) and the status (n,) int8 of every row: ``RUNNING`` (moved),
+        ``CONVERGED``, ``RANK_DEFICIENT``, ``NON_FINITE`` or ``STALLED``.
+
+    Differentiable in points, values, jacobian and level, to any order: the derivative of the step
+    itself, with the cap where it acts and none through coordinates that the box holds.
+    """
+    points, values, jacobian, lower, upper = _same_dtype(points, values, jacobian, lower, upper)
+    n, l = values.shape if values.dim() == 2 else (points.shape[0], 1)  # noqa: E741
+    c = level_rows(level, n, l, points)
+    return _raw.newton_update(
+        points, values, jacobian, c, status, lower, upper, float(tol), float(max_step)
+    )
+
+
+def newton_update_(
+    points: Tensor,
+    status: Tensor,
+    values: Tensor,
+    jacobian: Tensor,
+    level: Tensor | float = 0.0,
+    *,
+    index: Tensor | None = None,
+    lower: Tensor | None = None,
+    upper: Tensor | None = None,
+    tol: float = 0.0,
+    max_step: float = math.inf,
+) -> None:
+    """:func:`newton_update` in place, on the rows named by ``index``.
+
+    Args:
+        points: p, (n, d), contiguous, overwritten.
+        status: (n,) int8, contiguous, overwritten where a row takes part.
+        values, jacobian: F and D_xF of the rows in ``index``, (m, l) and (m, l, d).
+        level: c for the n points, see :func:`level_rows`.
+        index: (m,) int64 without repeats, which point each row of ``values`` belongs to; None means
+            all n in order. A row outside the points is an error on the CPU and left out on CUDA.
+        lower, upper, tol, max_step: as in :func:`newton_update`.
+
+    Not differentiable: raises RuntimeError if a gradient would be lost.
+    """
+    tensors = {"points": points, "values": values, "jacobian": jacobian}
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor.requires_grad:
+                raise RuntimeError(
+                    f"{name}: expected a tensor that needs no gradient, as newton_update_ works in "
+                    "place; call newton_update, or detach it"
+                )
+    values, jacobian, lower, upper = (
+        None if t is None else t.to(points.dtype) for t in (values, jacobian, lower, upper)
+    )
+    l = values.shape[-1] if values.dim() == 2 else 1  # noqa: E741
+    c = level_rows(level, points.shape[0], l, points)
+    _raw.newton_update_(
+        points, status, values, jacobian, c, index, lower, upper, float(tol), float(max_step)
+    )
+
+
+def _newton_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    points, values, jacobian, level, status, lower, upper, _tol, max_step = inputs[:9]
+    running = torch.ones_like(output[1], dtype=torch.bool) if status is None else status == _RUNNING
+    ctx.max_step = max_step
+    ctx.has_box = (lower is not None, upper is not None)
+    box = [t for t in (lower, upper) if t is not None]
+    ctx.save_for_backward(points, values, jacobian, level, running, output[1], *box)
+
+
+def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tensor | None, ...]:
+    points, values, jacobian, level, running, status, *box = ctx.saved_tensors
+    lower = box.pop(0) if ctx.has_box[0] else None
+    upper = box.pop(0) if ctx.has_box[1] else None
+    moved = (running & (status == _RUNNING))[:, None]
+    # Rows that stayed have no derivative but the identity, whatever their F and J hold.
+    residual = torch.where(moved, values - level, 0.0)
+    jacobian = torch.where(moved[:, :, None], jacobian, 0.0)
+
+    step = pinv_apply(jacobian, residual)
+    shrink: Tensor | float = 1.0
+    length = step
+    capped = torch.zeros_like(moved)
+    if math.isfinite(ctx.max_step):
+        squares = (step * step).sum(1, keepdim=True)
+        length = torch.where(squares > 0, squares, 1.0).sqrt()
+        capped = length > ctx.max_step
+        shrink = torch.where(capped, ctx.max_step / length, 1.0)
+    free = torch.ones_like(points, dtype=torch.bool)
+    if box or lower is not None or upper is not None:
+        target = points - shrink * step
+        if lower is not None:
+            free = free & (target >= lower)
+        if upper is not None:
+            free = free & (target <= upper)
+    through = torch.where(free, grad, 0.0)
+
+    # next = points - shrink(step) * step: along the step a capped row does not move any further.
+    step_gradient = -shrink * through
+    if math.isfinite(ctx.max_step):
+        along = (through * step).sum(1, keepdim=True) / (length * length)
+        step_gradient = step_gradient + torch.where(capped, shrink * along * step, 0.0)
+    step_gradient = torch.where(moved, step_gradient, 0.0)
+
+    grad_values = pinv_adjoint(jacobian, step_gradient)
+    grad_level = None
+    if ctx.needs_input_grad[3]:
+        grad_level = -grad_values
+        if level.shape[0] == 1 and points.shape[0] != 1:
+            grad_level = grad_level.sum(0, keepdim=True)
+    return (
+        torch.where(moved, through, grad),
+        grad_values,
+        _jacobian_gradient(jacobian, residual, step_gradient) if ctx.needs_input_grad[2] else None,
+        grad_level,
+        *(None,) * 6,
+    )
+
+
+# --- nearest_distance -----------------------------------------------------------------------------
+
+
+def nearest_distance(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance d(x, X) from every point to its nearest cloud point, and which one that is.
+
+    Args:
+        x: (n, d), floating point.
+        cloud: X, (m, d), m >= 1.
+
+    Returns:
+        Distance (n,) and index (n,) int64. Among equally near points CUDA takes the smallest index
+        and the CPU any one of them. A NaN in x gives distance NaN; cloud points that are not finite
+        are never nearest.
+
+    The CPU searches a k-d tree that is kept for the clouds used last and rebuilt when their numbers
+    change; CUDA compares all pairs in tiles.
+
+    Differentiable in x and cloud, to any order; the gradient at distance 0 is 0.
+    """
+    x, cloud = _same_dtype(x, cloud)
+    return _raw.nearest(x, cloud)
+
+
+class _TreeCache:
+    """k-d trees of the clouds used last. A cloud is recognised by its numbers, not by its address,
+    so a cloud changed in place, or new data at an old address, can never meet an old tree."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._trees: OrderedDict[int, tuple[np.ndarray, np.ndarray | None, cKDTree | None]]
+        self._trees = OrderedDict()
+        self._next_key = 0
+        self._lock = threading.Lock()
+
+    def get(self, cloud: np.ndarray) -> tuple[np.ndarray | None, cKDTree | None]:
+        """The tree over the finite points of ``cloud``, and their indices (None: all of them)."""
+        with self._lock:
+            for key, (numbers, kept, tree) in reversed(self._trees.items()):
+                if (
+                    numbers.dtype == cloud.dtype
+                    and numbers.shape == cloud.shape
+                    and np.array_equal(numbers, cloud, equal_nan=kept is not None)
+                ):
+                    self._trees.move_to_end(key)
+                    return kept, tree
+        finite = np.isfinite(cloud).all(1)
+        kept = None if finite.all() else np.flatnonzero(finite)
+        points = cloud if kept is None else cloud[kept]
+        tree = cKDTree(points) if len(points) else None
+        with self._lock:
+            self._trees[self._next_key] = (cloud.copy(), kept, tree)
+            self._next_key += 1
+            while len(self._trees) > self._size:
+                self._trees.popitem(last=False)
+        return kept, tree
+
+
+_trees = _TreeCache()
+
+
+@torch.library.impl("levelset_ext::nearest", "CPU")
+def _nearest_cpu(query: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
+    _check_nearest(query, cloud)
+    if query.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"query: expected float32 or float64 on the CPU, got {query.dtype}")
+    x = query.detach().contiguous()
+    points = cloud.detach().contiguous()
+    index = torch.zeros(len(x), dtype=torch.int64)
+    if len(x) and x.shape[1]:
+        kept, tree = _trees.get(points.numpy())
+        finite = torch.isfinite(x).all(1)
+        if tree is not None:
+            rows = x.numpy() if bool(finite.all()) else x[finite].numpy()
+            _, found = tree.query(rows, workers=torch.get_num_threads())
+            found = np.asarray(found, dtype=np.int64)
+            index[finite] = torch.from_numpy(found if kept is None else kept[found])
+    # The tree computes in float64; the distance is that of the inputs as they are.
+    return torch.linalg.vector_norm(x - points[index], dim=1), index
+
+
+def _check_nearest(query: Tensor, cloud: Tensor) -> None:
+    if query.dim() != 2 or cloud.dim() != 2 or query.shape[1] != cloud.shape[1]:
+        raise RuntimeError(
+            f"cloud: expected (m, d) with the d of query (n, d) = {tuple(query.shape)}, "
+            f"got {tuple(cloud.shape)}"
+        )
+    if cloud.shape[0] == 0:
+        raise RuntimeError("cloud: expected at least one point, got (0, d)")
+    if query.dtype != cloud.dtype or query.device != cloud.device:
+        raise RuntimeError(
+            f"cloud: expected dtype and device of query ({query.dtype}, {query.device}), "
+            f"got {cloud.dtype}, {cloud.device}"
+        )
+
+
+def _nearest_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _nearest_backward(ctx: Any, grad: Tensor, _index: Any = None) -> tuple[Tensor | None, ...]:
+    query, cloud, index = ctx.saved_tensors
+    difference = query - cloud[index]
+    squares = (difference * difference).sum(1)
+    apart = squares > 0
+    inverse = torch.where(apart, torch.where(apart, squares, 1.0).rsqrt(), 0.0)
+    grad_query = (grad * inverse)[:, None] * difference
+    grad_cloud = None
+    if ctx.needs_input_grad[1]:
+        grad_cloud = torch.zeros_like(cloud).index_add(0, index, -grad_query)
+    return grad_query, grad_cloud
+
+
+# --- registration: fake kernels, autograd, vmap -----------------------------------------------------
+
+
+@torch.library.register_fake("levelset_ext::pinv_apply")
+def _pinv_apply_fake(jacobian: Tensor, residual: Tensor, team: int = 0) -> tuple[Tensor, Tensor]:
+    n, _, d = jacobian.shape
+    return jacobian.new_empty(n, d), jacobian.new_empty(n, dtype=torch.int8)
+
+
+@torch.library.register_fake("levelset_ext::pinv_adjoint")
+def _pinv_adjoint_fake(jacobian: Tensor, gradient: Tensor, team: int = 0) -> tuple[Tensor, Tensor]:
+    n, l, _ = jacobian.shape  # noqa: E741
+    return jacobian.new_empty(n, l), jacobian.new_empty(n, dtype=torch.int8)
+
+
+@torch.library.register_fake("levelset_ext::newton_update")
+def _newton_update_fake(points: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return points.new_empty(points.shape), points.new_empty(points.shape[0], dtype=torch.int8)
+
+
+@torch.library.register_fake("levelset_ext::newton_update_")
+def _newton_update_inplace_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("levelset_ext::nearest")
+def _nearest_fake(query: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
+    n = query.shape[0]
+    return query.new_empty(n), query.new_empty(n, dtype=torch.int64)
+
+
+torch.library.register_autograd(
+    "levelset_ext::pinv_apply", _apply_backward, setup_context=_save_two
+)
+torch.library.register_autograd(
+    "levelset_ext::pinv_adjoint", _adjoint_backward, setup_context=_save_two
+)
+torch.library.register_autograd(
+    "levelset_ext::newton_update", _newton_backward, setup_context=_newton_setup
+)
+torch.library.register_autograd(
+    "levelset_ext::nearest", _nearest_backward, setup_context=_nearest_setup
+)
+
+
+def _rows_vmap(op: Callable[..., tuple[Tensor, Tensor]], shared: tuple[int, ...]) -> Callable:
+    """A vmap rule for an op whose rows are independent: the mapped dimension joins the rows.
+
+    ``shared`` are the arguments that all rows share; those cannot be mapped over.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        size = info.batch_size
+        flat = []
+        for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if not isinstance(arg, Tensor):
+                flat.append(arg)
+            elif position in shared:
+                if dim is not None:
+                    raise RuntimeError(
+                        f"{op}: argument {position} is shared by all rows and cannot be mapped over "
+                        "by vmap; loop over it instead"
+                    )
+                flat.append(arg)
+            else:
+                arg = arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape)
+                flat.append(arg.reshape(size * arg.shape[1], *arg.shape[2:]))
+        first, second = op(*flat)
+        return (
+            (first.reshape(size, -1, *first.shape[1:]), second.reshape(size, -1)),
+            (0, 0),
+        )
+
+    return rule
+
+
+def _newton_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    level, dim = args[3], in_dims[3]
+    rows = args[0].shape[1 if in_dims[0] == 0 else 0] if in_dims[0] is not None else len(args[0])
+    if level.shape[0 if dim is None else (1 if dim == 0 else 0)] == 1:
+        # One level for all rows becomes one for each, as the mapped rows may not share it.
+        level = (level if dim is None else level.movedim(dim, 0)).expand(
+            *(() if dim is None else (info.batch_size,)), rows, level.shape[-1]
+        )
+        args, in_dims = (*args[:3], level, *args[4:]), (*in_dims[:3], None if dim is None else 0, *in_dims[4:])
+    return _rows_vmap(_raw.newton_update, shared=(5, 6))(info, in_dims, *args)
+
+
+torch.library.register_vmap("levelset_ext::pinv_apply", _rows_vmap(_raw.pinv_apply, ()))
+torch.library.register_vmap("levelset_ext::pinv_adjoint", _rows_vmap(_raw.pinv_adjoint, ()))
+torch.library.register_vmap("levelset_ext::newton_update", _newton_vmap)
+torch.library.register_vmap("levelset_ext::nearest", _rows_vmap(_raw.nearest, (1,)))
+
+
+# --- the same ops as torch.autograd.Function --------------------------------------------------------
+
+
+class PinvApply(torch.autograd.Function):
+    """``PinvApply.apply(jacobian, residual)``: :func:`pinv_apply` as an autograd Function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(jacobian: Tensor, residual: Tensor) -> Tensor:
+        return _raw.pinv_apply(jacobian, residual)[0]
+
+    setup_context = staticmethod(_save_two)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _apply_backward(ctx, grad)[:2]
+
+
+class PinvAdjoint(torch.autograd.Function):
+    """``PinvAdjoint.apply(jacobian, gradient)``: :func:`pinv_adjoint` as an autograd Function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(jacobian: Tensor, gradient: Tensor) -> Tensor:
+        return _raw.pinv_adjoint(jacobian, gradient)[0]
+
+    setup_context = staticmethod(_save_two)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _adjoint_backward(ctx, grad)[:2]
+
+
+class NewtonUpdate(torch.autograd.Function):
+    """``NewtonUpdate.apply(points, values, jacobian, level, status, lower, upper, tol, max_step)``:
+    :func:`newton_update` as an autograd Function; level is (n, l) or (1, l)."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _raw.newton_update(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _newton_setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _status: Any) -> Any:
+        return _newton_backward(ctx, grad)[:9]
+
+
+class NearestDistance(torch.autograd.Function):
+    """``NearestDistance.apply(x, cloud)``: :func:`nearest_distance` as an autograd Function."""
+
+    @staticmethod
+    def forward(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
+        return _raw.nearest(x, cloud)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _nearest_setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _index: Any) -> Any:
+        return _nearest_backward(ctx, grad)

@@ -1,0 +1,109 @@
+"""What a sampler found, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from levelset_ext import _C, ops
+
+if TYPE_CHECKING:
+
+    class Status(IntEnum):
+        """Names of the status codes; the values come from the compiled module."""
+
+        CONVERGED = 0
+        RUNNING = 1
+        MAX_ITERATIONS = 2
+        RANK_DEFICIENT = 3
+        NON_FINITE = 4
+        NOT_BRACKETED = 5
+        STALLED = 6
+else:
+    Status = IntEnum("Status", _C.status_codes)
+    Status.__doc__ = """What happened to a row.
+
+    CONVERGED        |F - c| <= tol at the returned point
+    RUNNING          moved by a raw op, not yet judged; no sampler returns it
+    MAX_ITERATIONS   the iteration budget ended first; the point is usable with its own value c = F(p)
+    RANK_DEFICIENT   D_xF is zero, or its rows are nearly parallel, or the step it asks for overflows
+    NON_FINITE       NaN or infinity in F, D_xF, the level or the point
+    NOT_BRACKETED    F - c has one sign at both ends of the segment (false position)
+    STALLED          the next point equals this one: the dtype or the box allows no closer one
+    """
+
+
+@dataclass(frozen=True)
+class LevelSetResult:
+    """Points near a level set. All tensors are detached; rows are in the order of the input.
+
+    Attributes:
+        points: p, (n, *event).
+        values: F(p), (n, l).
+        jacobian: D_xF(p), (n, l, *event).
+        level: c, (n, l).
+        status: (n,) int8, a :class:`Status` each.
+        iterations: (n,) int32, updates each row took.
+    """
+
+    points: Tensor
+    values: Tensor
+    jacobian: Tensor
+    level: Tensor
+    status: Tensor
+    iterations: Tensor
+
+    @cached_property
+    def converged(self) -> Tensor:
+        """(n,) bool, rows with ``Status.CONVERGED``."""
+        return self.status == Status.CONVERGED
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """(n,), max_j |F_j - c_j|, in the units of F."""
+        return (self.values - self.level).abs().amax(1)
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(n,), length of the Newton step still to go, in the units of the points: |F - c| / |grad F|
+        for l = 1. Infinite where D_xF has no full rank, NaN where the row is not finite."""
+        step = ops.pinv_apply(self.jacobian.flatten(2), self.values - self.level)
+        length = torch.linalg.vector_norm(step, dim=1)
+        length = torch.where(self.rank_status == Status.RANK_DEFICIENT, torch.inf, length)
+        return torch.where(self.rank_status == Status.NON_FINITE, torch.nan, length)
+
+    @cached_property
+    def rank_status(self) -> Tensor:
+        """(n,) int8, whether D_xF can be inverted: CONVERGED, RANK_DEFICIENT or NON_FINITE."""
+        zeros = torch.zeros_like(self.values)
+        return ops.pinv_apply(self.jacobian.flatten(2), zeros, return_status=True)[1]
+
+    @cached_property
+    def usable(self) -> Tensor:
+        """(n,) bool, rows that Eq. 9 can move: finite, with D_xF of full rank. They need not have
+        converged; such a row stays on its own level F(p)."""
+        finite = torch.isfinite(self.points.flatten(1)).all(1) & torch.isfinite(self.values).all(1)
+        return finite & (self.rank_status == Status.CONVERGED)
+
+    def __len__(self) -> int:
+        return self.points.shape[0]
+
+    def __getitem__(self, rows: Any) -> LevelSetResult:
+        """The result of some rows: a slice, a boolean mask (n,) or indices (m,)."""
+        if isinstance(rows, int):
+            rows = slice(rows, rows + 1) if rows != -1 else slice(-1, None)
+        fields = ("points", "values", "jacobian", "level", "status", "iterations")
+        return replace(self, **{name: getattr(self, name)[rows] for name in fields})
+
+    def counts(self) -> dict[str, int]:
+        """How many rows ended with each status, for a log line; statuses that did not occur are left out."""
+        codes, numbers = torch.unique(self.status, return_counts=True)
+        return {
+            Status(code).name: number
+            for code, number in zip(codes.tolist(), numbers.tolist(), strict=True)
+        }

@@ -1,0 +1,159 @@
+"""The sample network: level-set points as functions of the network's parameters (Section 2.2).
+
+    p(theta) = p - J^T (J J^T)^-1 [F(p; theta) - c]                                        (Eq. 9)
+
+J = D_xF(p; theta_0) and c are constants of the sample, so one evaluation of F is all that is added to
+a training step, and no second derivative of the network is ever needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from levelset_ext import ops
+from levelset_ext.field import Field, as_field, evaluate
+from levelset_ext.result import LevelSetResult
+
+__all__ = ["SampleNetwork", "sample_network"]
+
+
+def sample_network(
+    fn: Field,
+    result: LevelSetResult,
+    *,
+    frozen: bool = False,
+    direction: Tensor | None = None,
+) -> Tensor:
+    """p(theta) for the points of a result.
+
+    Args:
+        fn: the network the points were found with: a module (evaluated as its eval-mode clone, see
+            :func:`levelset_ext.field.evaluation_copy`) or a callable.
+        result: what a sampler returned; its points, values and Jacobian are constants here.
+        frozen: False gives ``p + J+ (F.detach() - F)``: the value is ``result.points`` to the bit at
+            any theta, and the gradient that of Eq. 8 at the current theta. True is Eq. 9 itself with
+            c = ``result.values``: the value follows theta to first order.
+        direction: v, the shape of the points, for l = 1: p moves along v instead of along the
+            gradient, ``p - v (F - c) / (D_xF . v)``, as a ray hit moves along its ray.
+
+    Returns:
+        (n, *event), differentiable in the parameters of ``fn`` to any order that F is; second
+        derivatives are those of Eq. 9 with J held. Rows that cannot move (not finite, D_xF without
+        full rank, v tangent to the level set) are constants: F is not evaluated at points that are
+        not finite.
+
+    Raises:
+        RuntimeError: ``fn`` at these points has no graph although gradients are enabled, so that
+            p(theta) would silently be a constant; or a tensor of ``result`` or ``direction`` asks for
+            a gradient that this function does not give.
+        ValueError: ``direction`` has another shape than the points, or l > 1.
+    """
+    return _move(as_field(fn), result, frozen, direction)
+
+
+class SampleNetwork(nn.Module):
+    """:func:`sample_network` as a module: ``SampleNetwork(net)(result)`` is p(theta).
+
+    The network is a submodule, so its parameters are this module's parameters.
+    """
+
+    def __init__(self, network: nn.Module, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.frozen = frozen
+
+    def forward(self, result: LevelSetResult, direction: Tensor | None = None) -> Tensor:
+        return sample_network(self.network, result, frozen=self.frozen, direction=direction)
+
+
+def _move(
+    field: Field, result: LevelSetResult, frozen: bool, direction: Tensor | None
+) -> Tensor:
+    constants: dict[str, Any] = {
+        "result.points": result.points,
+        "result.values": result.values,
+        "result.jacobian": result.jacobian,
+        "direction": direction,
+    }
+    for name, tensor in constants.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{name}: expected a constant, as p(theta) has no gradient with respect to it; "
+                "detach it"
+            )
+    points = result.points
+    n = points.shape[0]
+    # A row that is not finite would put 0 * NaN into the parameters' gradients.
+    finite = _finite_rows(result)
+    at = points if finite is None else points[finite]
+    if at.shape[0] == 0:
+        # Nothing to move; the zero keeps backward() working for a batch in which no row was found.
+        return points + _zero_with_graph(field)
+    values = evaluate(field, at).to(points.dtype)
+    if torch.is_grad_enabled() and not values.requires_grad:
+        raise RuntimeError(
+            "fn: expected an output with a gradient with respect to parameters; got one without a "
+            "graph (all parameters frozen, or a detach inside?). Use torch.no_grad() if that is meant"
+        )
+    # F - F rather than F.detach() - F: the same zeros, and p - 0 keeps the sign of a zero in p.
+    centre = (result.values if finite is None else result.values[finite]) if frozen else values.detach()
+    jacobian = (result.jacobian if finite is None else result.jacobian[finite]).flatten(2)
+    residual = values - centre
+    if direction is None:
+        step = ops.pinv_apply(jacobian, residual)
+    else:
+        step = _along(jacobian, residual, _check_direction(direction, result), finite)
+    moved = at - step.view(at.shape)
+    if finite is None:
+        return moved
+    return points.index_copy(0, torch.nonzero(finite).squeeze(1), moved).view(n, *points.shape[1:])
+
+
+def _finite_rows(result: LevelSetResult) -> Tensor | None:
+    """Mask of rows that F can be evaluated at, or None for all of them."""
+    if torch.compiler.is_compiling():
+        # A compiled graph cannot branch on data; its rows are the caller's responsibility.
+        return None
+    finite = torch.isfinite(result.points.flatten(1)).all(1)
+    finite &= torch.isfinite(result.values).all(1)
+    finite &= torch.isfinite(result.jacobian.flatten(1)).all(1)
+    return None if bool(finite.all()) else finite
+
+
+def _zero_with_graph(field: Field) -> Tensor | float:
+    if not isinstance(field, nn.Module):
+        return 0.0
+    for parameter in field.parameters():
+        if parameter.requires_grad:
+            return parameter.flatten()[:1].sum() * 0.0
+    return 0.0
+
+
+def _check_direction(direction: Tensor, result: LevelSetResult) -> Tensor:
+    if result.values.shape[1] != 1:
+        raise ValueError(
+            f"direction: expected a network with l = 1 output, got l = {result.values.shape[1]}; "
+            "with more, one direction cannot hold every output"
+        )
+    if direction.shape != result.points.shape:
+        raise ValueError(
+            f"direction: expected the shape of result.points, {tuple(result.points.shape)}, "
+            f"got {tuple(direction.shape)}"
+        )
+    return direction.to(result.points.dtype).flatten(1)
+
+
+def _along(jacobian: Tensor, residual: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    """v (F - c) / (D_xF . v), with rows whose v is tangent to the level set left where they are."""
+    v = v if rows is None else v[rows]
+    gradient = jacobian[:, 0]
+    slope = (gradient * v).sum(1, keepdim=True)
+    lengths = torch.linalg.vector_norm(gradient, dim=1, keepdim=True) * torch.linalg.vector_norm(
+        v, dim=1, keepdim=True
+    )
+    # The rank rule of the ops, for the 1 x 1 matrix D_xF . v measured against its largest value.
+    crosses = slope.abs() > ops.rank_tolerance(v.dtype) * lengths
+    return torch.where(crosses, v / torch.where(crosses, slope, 1.0), 0.0) * residual

@@ -1,0 +1,6 @@
+"""Finding points on level sets. Samplers know no gradients in theta; the sample network does."""
+
+from levelset_ext.samplers.at_points import level_points
+from levelset_ext.samplers.projection import project
+
+__all__ = ["level_points", "project"]
