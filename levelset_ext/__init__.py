@@ -9,7 +9,7 @@ are that paper's.
 
 from levelset_ext._load import build_info
 
-from levelset_ext import ops
+from levelset_ext import losses, networks, ops
 from levelset_ext.field import value_and_jacobian
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.sample_network import SampleNetwork, sample_network
@@ -23,6 +23,8 @@ __all__ = [
     "Status",
     "build_info",
     "level_points",
+    "losses",
+    "networks",
     "ops",
     "project",
     "sample_network",

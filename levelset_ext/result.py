@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ else:
     NOT_BRACKETED    F - c has one sign at both ends of the segment (false position)
     STALLED          the next point equals this one: the dtype or the box allows no closer one
     """
+
+
+_TENSORS = ("points", "values", "jacobian", "level", "status", "iterations")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,15 @@ class LevelSetResult:
         finite = torch.isfinite(self.points.flatten(1)).all(1) & torch.isfinite(self.values).all(1)
         return finite & (self.rank_status == Status.CONVERGED)
 
+    @staticmethod
+    def cat(results: Sequence[LevelSetResult]) -> LevelSetResult:
+        """Rows of several results of the same network, one after the other."""
+        if len(results) == 1:
+            return results[0]
+        return LevelSetResult(
+            **{name: torch.cat([getattr(r, name) for r in results]) for name in _TENSORS}
+        )
+
     def __len__(self) -> int:
         return self.points.shape[0]
 
@@ -97,8 +110,7 @@ class LevelSetResult:
         """The result of some rows: a slice, a boolean mask (n,) or indices (m,)."""
         if isinstance(rows, int):
             rows = slice(rows, rows + 1) if rows != -1 else slice(-1, None)
-        fields = ("points", "values", "jacobian", "level", "status", "iterations")
-        return replace(self, **{name: getattr(self, name)[rows] for name in fields})
+        return LevelSetResult(**{name: getattr(self, name)[rows] for name in _TENSORS})
 
     def counts(self) -> dict[str, int]:
         """How many rows ended with each status, for a log line; statuses that did not occur are left out."""

@@ -1,0 +1,3 @@
+from levelset_ext.cli import main
+
+raise SystemExit(main())

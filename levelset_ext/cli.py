@@ -1,0 +1,137 @@
+"""The command line: ``levelset-ext COMMAND``, the same as ``python -m levelset_ext COMMAND``.
+
+Results go to files or as JSON to stdout, progress and messages to stderr. Exit status 0 means that
+the work is done; 2 that an input cannot be used, said in one line; 1 that something else failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from levelset_ext._load import build_info
+from levelset_ext.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _device(name: str) -> torch.device:
+    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    known = device is not None and (
+        name in available or (device.type == "cuda" and device.index is None and len(available) > 1)
+    )
+    if not known:
+        raise InputError(f"device: expected one of {', '.join(available)}, got {name!r}")
+    assert device is not None
+    return device
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
+
+    device = _device(args.device)
+    config = preset(args.preset, args.steps, args.seed)
+    cloud = load_cloud(args.scan, args.seed)
+    metrics = reconstruct(cloud, Path(args.out), config, device=device, resume=args.resume, say=_say)
+    _say(
+        f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
+        f"{metrics['components']} component(s), "
+        f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
+    )
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from levelset_ext.data.meshes import read_mesh
+    from levelset_ext.geometry.compare import compare_meshes
+
+    if args.samples < 1:
+        raise InputError(f"samples: expected at least 1, got {args.samples}")
+    mesh, truth = read_mesh(args.mesh), read_mesh(args.truth)
+    try:
+        result = compare_meshes(mesh, truth, samples=args.samples, seed=args.seed)
+    except ValueError as error:
+        raise InputError(f"{args.mesh}, {args.truth}: {error}") from None
+    print(json.dumps(result, indent=2))
+
+
+def _info(args: argparse.Namespace) -> None:
+    print(json.dumps(build_info(), indent=2))
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="levelset-ext", description="Points on the level sets of neural networks.")
+    parser.add_argument("--version", action="version", version=build_info()["version"])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = commands.add_parser(
+        "reconstruct",
+        help="a raw point cloud to a mesh",
+        description="Trains a network whose zero level set passes through a point cloud and writes "
+        "mesh.ply, metrics.json, preview.png, checkpoint.pt and config.json. No normals needed.",
+    )
+    one.add_argument(
+        "scan", nargs="?", metavar="SCAN", help="PLY, OBJ, OFF, STL, XYZ or NPY; a synthetic scan if left out"
+    )
+    one.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    one.add_argument("--preset", default="fast", help="fast (minutes on a CPU) or paper (for a GPU)")
+    one.add_argument("--steps", type=int, help="training steps; the schedules stretch to them")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
+    one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    one.set_defaults(run=_reconstruct)
+
+    one = commands.add_parser("compare", help="distances between two surfaces, as JSON")
+    one.add_argument("mesh", metavar="MESH")
+    one.add_argument("truth", metavar="TRUTH")
+    one.add_argument("--samples", type=int, default=30_000, help="points drawn from each surface")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=_compare)
+
+    one = commands.add_parser("info", help="versions, compiler, CUDA and devices, as JSON")
+    one.set_defaults(run=_info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = _parser().parse_args(argv)
+    program: Any = f"levelset-ext {args.command}"
+    try:
+        args.run(args)
+    except InputError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        print(f"{program}: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

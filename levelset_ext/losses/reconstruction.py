@@ -1,0 +1,96 @@
+"""The reconstruction loss, Eq. 13: put the level set t at distance |t| from a point cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from levelset_ext import ops
+from levelset_ext.field import Field, as_field, evaluate
+from levelset_ext.result import LevelSetResult
+from levelset_ext.sample_network import sample_network
+
+__all__ = ["ReconstructionLoss", "reconstruction"]
+
+
+class ReconstructionLoss(NamedTuple):
+    """Eq. 13 and its parts, scalars.
+
+    total: what to call backward() on. levels: the first sum, one term for every sample set, detached.
+    cloud: mean |F| over the cloud points, without lambda, detached.
+    """
+
+    total: Tensor
+    levels: Tensor
+    cloud: Tensor
+
+
+def reconstruction(
+    fn: Field,
+    samples: LevelSetResult | Sequence[LevelSetResult],
+    cloud: Tensor,
+    cloud_batch: Tensor | None = None,
+    *,
+    lam: float = 1.0,
+    p: float = 1.0,
+) -> ReconstructionLoss:
+    """Eq. 13:  sum_t [ mean_i | d(x_i, X) - |t| |^p ]^(1/p)  +  lam / N sum_j |F(x_j)|.
+
+    Args:
+        fn: the network, l >= 1 outputs.
+        samples: the sample sets of the levels t, one term of the sum each: results of
+            :func:`levelset_ext.project` (a level set t = c, usually 0) or of
+            :func:`levelset_ext.level_points` (every point on its own level set). A row that did not
+            converge stands for the level it is on, t = F(x_i). They enter through
+            :func:`levelset_ext.sample_network`; rows that cannot move are left out of the mean.
+        cloud: X, (N, d). Distances are to all of it.
+        cloud_batch: the points x_j of the second sum, (m, d); None takes all of X.
+        lam: lambda > 0.
+        p: exponent >= 1 of the first sum.
+
+    For l > 1 (curves) |t| and |F| are Euclidean norms of the l outputs. Differentiable in the
+    parameters of ``fn``, by first derivatives of the network only.
+    """
+    if not p >= 1:
+        raise ValueError(f"p: expected an exponent >= 1, got {p}")
+    if not lam >= 0:
+        raise ValueError(f"lam: expected a number >= 0, got {lam}")
+    sets = [samples] if isinstance(samples, LevelSetResult) else list(samples)
+    if not sets:
+        raise ValueError("samples: expected at least one LevelSetResult, got none")
+    field = as_field(fn)
+
+    together = LevelSetResult.cat([result[result.usable] for result in sets])
+    sizes = [int(result.usable.sum()) for result in sets]
+    points = sample_network(field, together)
+    distance, _ = ops.nearest_distance(points, cloud)
+    on_level = torch.where(together.converged[:, None], together.level, together.values)
+    error = (distance - torch.linalg.vector_norm(on_level, dim=1)).abs()
+    terms = [_mean_power(part, p) for part in error.split(sizes)]
+
+    batch = cloud if cloud_batch is None else cloud_batch
+    misfit = _norm(evaluate(field, batch)).mean()
+    levels = torch.stack(terms)
+    return ReconstructionLoss(
+        total=levels.sum() + lam * misfit, levels=levels.detach(), cloud=misfit.detach()
+    )
+
+
+def _norm(values: Tensor) -> Tensor:
+    if values.shape[1] == 1:
+        return values[:, 0].abs()
+    return torch.linalg.vector_norm(values, dim=1)
+
+
+def _mean_power(error: Tensor, p: float) -> Tensor:
+    """[mean e^p]^(1/p); 0 for no rows, with the gradient 0 at e = 0."""
+    if error.shape[0] == 0:
+        return error.sum()
+    if p == 1:
+        return error.mean()
+    mean = error.pow(p).mean()
+    positive = mean > 0
+    return torch.where(positive, torch.where(positive, mean, 1.0).pow(1 / p), 0.0 * mean)

@@ -1,0 +1,1 @@
+"""Whole jobs: training loops with files, progress, checkpoints and resumption."""

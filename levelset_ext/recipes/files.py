@@ -1,0 +1,72 @@
+"""Files that are either whole or not there, and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from levelset_ext.errors import InputError
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Calls ``write`` with a file beside ``path``, then renames it: a reader, or a process killed at
+    any moment, sees the old file or the new one and never half of one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=True) + "\n"
+    write_whole(path, lambda stream: stream.write(text.encode()) and None)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a JSON file written by this program ({error})") from None
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    write_whole(path, lambda stream: torch.save(state, stream))
+
+
+def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+    """A checkpoint of the given kind. Only tensors and plain values are unpickled, no code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: expected a {kind} checkpoint, cannot read it ({reason})") from None
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise InputError(f"{path}: expected a {kind} checkpoint, got another file")
+    return state
+
+
+def prepare_folder(path: Path) -> Path:
+    """Makes a folder for results, or says in one line why it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a folder that can be written ({error.strerror or error})"
+        ) from None
+    for leftover in path.glob(".*.part"):
+        leftover.unlink(missing_ok=True)  # of a run that was killed while writing
+    return path

@@ -1,0 +1,57 @@
+"""One line of progress on stderr: done, speed, time left, and what the job wants to say."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TextIO
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB (10^9 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """Reports at most every ``every`` seconds: in place on a terminal, as lines elsewhere.
+
+    Progress never decides anything, so a slow machine and a fast one do the same work.
+    """
+
+    def __init__(
+        self, name: str, total: int, start: int = 0, every: float | None = None, stream: TextIO | None = None
+    ) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.terminal = self.stream.isatty()
+        self.every = every if every is not None else (0.2 if self.terminal else 10.0)
+        self.name, self.total, self.first = name, total, start
+        self.began = time.monotonic()
+        self.reported = self.began
+        self.width = 0
+
+    def due(self) -> bool:
+        return time.monotonic() - self.reported >= self.every
+
+    def report(self, done: int, note: str = "", last: bool = False) -> None:
+        now = time.monotonic()
+        spent = now - self.began
+        speed = (done - self.first) / spent if spent > 0 else 0.0
+        left = clock((self.total - done) / speed) if speed > 0 else "?"
+        when = f"{clock(spent)} spent" if last else f"{left} left"
+        line = f"{self.name} {done}/{self.total}  {speed:.1f}/s  {when}"
+        line += f"  {peak_memory_gb():.2f} GB  {note}"
+        if self.terminal:
+            padded = line.ljust(self.width)
+            self.width = len(line)
+            self.stream.write("\r" + padded + ("\n" if last else ""))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+        self.reported = now
