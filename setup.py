@@ -52,7 +52,8 @@ def find_toolkit() -> Path | None:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         if not is_toolkit(Path(named)):
-            sys.exit(f"CUDA_HOME: expected a folder with bin/nvcc and include/cuda_runtime.h, got {named}")
+            wanted = "a folder with bin/nvcc and include/cuda_runtime.h"
+            sys.exit(f"CUDA_HOME: expected {wanted}, got {named}")
         return Path(named)
     candidates = []
     nvcc = shutil.which("nvcc")

@@ -3,13 +3,12 @@
     result = levelset_ext.project(net, points)           # Newton projection onto {x : net(x) = 0}
     p = levelset_ext.sample_network(net, result)         # p(theta): same points, gradient of Eq. 8
 
-After "Controlling Neural Level Sets" (Atzmon et al., NeurIPS 2019); equation numbers in this package
-are that paper's.
+After "Controlling Neural Level Sets" (Atzmon et al., NeurIPS 2019); equation numbers in this
+package are that paper's.
 """
 
-from levelset_ext._load import build_info
-
 from levelset_ext import losses, networks, ops
+from levelset_ext._load import build_info
 from levelset_ext.field import value_and_jacobian
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.sample_network import SampleNetwork, sample_network

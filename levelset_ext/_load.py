@@ -25,8 +25,8 @@ try:
     from levelset_ext import _C
 except ImportError as error:
     raise ImportError(
-        "levelset_ext: the compiled module _C is not built or does not fit this Python; in a checkout "
-        f"run 'make' or 'python setup.py build_ext --inplace' ({error})"
+        "levelset_ext: the compiled module _C is not built or does not fit this Python; "
+        f"in a checkout run 'make' or 'python setup.py build_ext --inplace' ({error})"
     ) from error
 
 

@@ -52,7 +52,9 @@ def _reconstruct(args: argparse.Namespace) -> None:
     device = _device(args.device)
     config = preset(args.preset, args.steps, args.seed)
     cloud = load_cloud(args.scan, args.seed)
-    metrics = reconstruct(cloud, Path(args.out), config, device=device, resume=args.resume, say=_say)
+    metrics = reconstruct(
+        cloud, Path(args.out), config, device=device, resume=args.resume, say=_say
+    )
     _say(
         f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
         f"{metrics['components']} component(s), "
@@ -79,7 +81,9 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="levelset-ext", description="Points on the level sets of neural networks.")
+    parser = _Parser(
+        prog="levelset-ext", description="Points on the level sets of neural networks."
+    )
     parser.add_argument("--version", action="version", version=build_info()["version"])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -90,10 +94,15 @@ def _parser() -> _Parser:
         "mesh.ply, metrics.json, preview.png, checkpoint.pt and config.json. No normals needed.",
     )
     one.add_argument(
-        "scan", nargs="?", metavar="SCAN", help="PLY, OBJ, OFF, STL, XYZ or NPY; a synthetic scan if left out"
+        "scan",
+        nargs="?",
+        metavar="SCAN",
+        help="PLY, OBJ, OFF, STL, XYZ or NPY; a synthetic scan if left out",
     )
     one.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
-    one.add_argument("--preset", default="fast", help="fast (minutes on a CPU) or paper (for a GPU)")
+    one.add_argument(
+        "--preset", default="fast", help="fast (minutes on a CPU) or paper (for a GPU)"
+    )
     one.add_argument("--steps", type=int, help="training steps; the schedules stretch to them")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")

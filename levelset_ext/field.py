@@ -17,10 +17,10 @@ Field = Callable[[Tensor], Tensor]
 def evaluation_copy(module: nn.Module) -> nn.Module:
     """A shallow clone of the module tree in eval mode that shares every parameter and buffer.
 
-    The clone has its own mode flags, submodule tables and plain attributes, so evaluating it changes
-    neither the mode of ``module`` nor what its ``forward`` sets on itself, also while another thread
-    trains ``module``. Submodules used twice stay one. A module kept outside the module tree (in a plain
-    list or a closure) is not reached and is used as it is.
+    The clone has its own mode flags, submodule tables and plain attributes, so evaluating it
+    changes neither the mode of ``module`` nor what its ``forward`` sets on itself, also while
+    another thread trains ``module``. Submodules used twice stay one. A module kept outside the
+    module tree (in a plain list or a closure) is not reached and is used as it is.
     """
     if isinstance(module, torch.jit.ScriptModule):
         if any(m.training for m in module.modules()):
@@ -102,8 +102,8 @@ def jacobian_of(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
             return values.detach().to(x.dtype), empty
         if not values.requires_grad:
             raise ValueError(
-                "fn: expected an output that depends on x through differentiable operations, got one "
-                "without a graph (is there a detach(), a no_grad() or a non-torch function inside?)"
+                "fn: expected an output that depends on x through differentiable operations, got "
+                "one without a graph (a detach(), a no_grad() or a non-torch function inside?)"
             )
         rows = []
         for k in range(values.shape[1]):
@@ -123,14 +123,15 @@ def value_and_jacobian(fn: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     """F(x) and D_xF(x).
 
     Args:
-        fn: module or callable (n, *event) -> (n,) or (n, l); row i of the output must depend on row i
-            of the input alone. A module runs as its eval-mode clone (:func:`evaluation_copy`), so
-            batch normalisation uses its running statistics and leaves them as they are.
+        fn: module or callable (n, *event) -> (n,) or (n, l); row i of the output must depend on
+            row i of the input alone. A module runs as its eval-mode clone
+            (:func:`evaluation_copy`), so batch normalisation uses its running statistics and leaves
+            them as they are.
         x: (n, *event), floating point.
 
     Returns:
-        F (n, l) and J (n, l, *event) in the dtype of x, detached. Works under ``torch.no_grad()`` and
-        ``torch.inference_mode()``; gradients of parameters are neither computed nor touched.
+        F (n, l) and J (n, l, *event) in the dtype of x, detached. Works under ``torch.no_grad()``
+        and ``torch.inference_mode()``; gradients of parameters are neither computed nor touched.
     """
     x = check_points("x", x)
     return jacobian_of(as_field(fn), x)

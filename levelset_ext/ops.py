@@ -5,13 +5,13 @@ With ``J = D_xF`` of full row rank, everything the method needs is two linear ma
     apply    r -> J^T (J J^T)^-1 r      (l -> d)    Newton step (Eq. 4), sample network (Eq. 9)
     adjoint  g -> (J J^T)^-1 J g        (d -> l)    backward of the sample network (Eq. 8)
 
-With J held fixed each is the transpose of the other, so each is the other's backward. The derivative
-with respect to J is the same expression for both; it is written once below.
+With J held fixed each is the transpose of the other, so each is the other's backward. The
+derivative with respect to J is the same expression for both; it is written once below.
 
 Every op exists in two forms that give the same numbers: a function that goes through
 ``torch.ops.levelset_ext`` (fake kernel, ``torch.compile``, ``torch.export``, ``vmap``) and a
-``torch.autograd.Function`` for use inside other people's autograd code. A row whose Jacobian has lost
-rank, or is not finite, gives zeros and says so in its status.
+``torch.autograd.Function`` for use inside other people's autograd code. A row whose Jacobian has
+lost rank, or is not finite, gives zeros and says so in its status.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def pinv_apply(jacobian: Tensor, residual: Tensor, *, return_status: bool = Fals
         return_status: also return the status of every row, (n,) int8.
 
     Returns:
-        (n, d). A row without full rank gives 0 and status ``RANK_DEFICIENT``; the rule is that a row
-        of J is dependent when its part orthogonal to the rows before it is shorter than
+        (n, d). A row without full rank gives 0 and status ``RANK_DEFICIENT``; the rule is that a
+        row of J is dependent when its part orthogonal to the rows before it is shorter than
         :func:`rank_tolerance` of it.
 
     Differentiable in both arguments, to any order.
@@ -132,8 +132,8 @@ def _jacobian_gradient(jacobian: Tensor, r: Tensor, g: Tensor) -> Tensor:
 
     With y = J^T (J J^T)^-1 r, s = (J J^T)^-1 r and u = (J J^T)^-1 J g it is
     s (g - J^T u)^T - u y^T; and s needs no solve of its own, it is the adjoint of y.
-    Both ops have this derivative: the backward of apply contracts its result with g, the backward of
-    adjoint contracts its result with r.
+    Both ops have this derivative: the backward of apply contracts its result with g, the backward
+    of adjoint contracts its result with r.
     """
     y, status = _raw.pinv_apply(jacobian, r)
     # A row without full rank gives the constant 0, and its J may hold NaN, which must not spread.
@@ -244,9 +244,10 @@ def newton_update_(
                     f"{name}: expected a tensor that needs no gradient, as newton_update_ works in "
                     "place; call newton_update, or detach it"
                 )
-    values, jacobian, lower, upper = (
-        None if t is None else t.to(points.dtype) for t in (values, jacobian, lower, upper)
-    )
+    dtype = points.dtype
+    values, jacobian = values.to(dtype), jacobian.to(dtype)
+    lower = None if lower is None else lower.to(dtype)
+    upper = None if upper is None else upper.to(dtype)
     l = values.shape[-1] if values.dim() == 2 else 1  # noqa: E741
     c = level_rows(level, points.shape[0], l, points)
     _raw.newton_update_(
@@ -265,8 +266,8 @@ def _newton_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tensor | None, ...]:
     points, values, jacobian, level, running, status, *box = ctx.saved_tensors
-    lower = box.pop(0) if ctx.has_box[0] else None
-    upper = box.pop(0) if ctx.has_box[1] else None
+    lower: Tensor | None = box.pop(0) if ctx.has_box[0] else None
+    upper: Tensor | None = box.pop(0) if ctx.has_box[1] else None
     moved = (running & (status == _RUNNING))[:, None]
     # Rows that stayed have no derivative but the identity, whatever their F and J hold.
     residual = torch.where(moved, values - level, 0.0)
@@ -282,7 +283,7 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
         capped = length > ctx.max_step
         shrink = torch.where(capped, ctx.max_step / length, 1.0)
     free = torch.ones_like(points, dtype=torch.bool)
-    if box or lower is not None or upper is not None:
+    if lower is not None or upper is not None:
         target = points - shrink * step
         if lower is not None:
             free = free & (target >= lower)
@@ -316,7 +317,7 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
 
 
 def nearest_distance(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance d(x, X) from every point to its nearest cloud point, and which one that is.
+    """Euclidean distance d(x, X) from every point to its nearest cloud point, and its index.
 
     Args:
         x: (n, d), floating point.
@@ -425,7 +426,7 @@ def _nearest_backward(ctx: Any, grad: Tensor, _index: Any = None) -> tuple[Tenso
     return grad_query, grad_cloud
 
 
-# --- registration: fake kernels, autograd, vmap -----------------------------------------------------
+# --- registration: fake kernels, autograd, vmap ---------------------------------------------------
 
 
 @torch.library.register_fake("levelset_ext::pinv_apply")
@@ -485,8 +486,8 @@ def _rows_vmap(op: Callable[..., tuple[Tensor, Tensor]], shared: tuple[int, ...]
             elif position in shared:
                 if dim is not None:
                     raise RuntimeError(
-                        f"{op}: argument {position} is shared by all rows and cannot be mapped over "
-                        "by vmap; loop over it instead"
+                        f"{op}: argument {position} is shared by all rows and cannot be mapped "
+                        "over by vmap; loop over it instead"
                     )
                 flat.append(arg)
             else:
@@ -509,7 +510,10 @@ def _newton_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         level = (level if dim is None else level.movedim(dim, 0)).expand(
             *(() if dim is None else (info.batch_size,)), rows, level.shape[-1]
         )
-        args, in_dims = (*args[:3], level, *args[4:]), (*in_dims[:3], None if dim is None else 0, *in_dims[4:])
+        args, in_dims = (
+            (*args[:3], level, *args[4:]),
+            (*in_dims[:3], None if dim is None else 0, *in_dims[4:]),
+        )
     return _rows_vmap(_raw.newton_update, shared=(5, 6))(info, in_dims, *args)
 
 
@@ -519,7 +523,7 @@ torch.library.register_vmap("levelset_ext::newton_update", _newton_vmap)
 torch.library.register_vmap("levelset_ext::nearest", _rows_vmap(_raw.nearest, (1,)))
 
 
-# --- the same ops as torch.autograd.Function --------------------------------------------------------
+# --- the same ops as torch.autograd.Function ------------------------------------------------------
 
 
 class PinvApply(torch.autograd.Function):

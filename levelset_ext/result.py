@@ -31,9 +31,9 @@ else:
 
     CONVERGED        |F - c| <= tol at the returned point
     RUNNING          moved by a raw op, not yet judged; no sampler returns it
-    MAX_ITERATIONS   the iteration budget ended first; the point is usable with its own value c = F(p)
-    RANK_DEFICIENT   D_xF is zero, or its rows are nearly parallel, or the step it asks for overflows
-    NON_FINITE       NaN or infinity in F, D_xF, the level or the point
+    MAX_ITERATIONS   the iteration budget ended first; the point is usable with its own value c =
+    F(p) RANK_DEFICIENT   D_xF is zero, or its rows are nearly parallel, or the step it asks for
+    overflows NON_FINITE       NaN or infinity in F, D_xF, the level or the point
     NOT_BRACKETED    F - c has one sign at both ends of the segment (false position)
     STALLED          the next point equals this one: the dtype or the box allows no closer one
     """
@@ -74,8 +74,8 @@ class LevelSetResult:
 
     @cached_property
     def distance(self) -> Tensor:
-        """(n,), length of the Newton step still to go, in the units of the points: |F - c| / |grad F|
-        for l = 1. Infinite where D_xF has no full rank, NaN where the row is not finite."""
+        """(n,), length of the Newton step still to go, in the units of the points: |F - c| / |grad
+        F| for l = 1. Infinite where D_xF has no full rank, NaN where the row is not finite."""
         step = ops.pinv_apply(self.jacobian.flatten(2), self.values - self.level)
         length = torch.linalg.vector_norm(step, dim=1)
         length = torch.where(self.rank_status == Status.RANK_DEFICIENT, torch.inf, length)
@@ -113,7 +113,7 @@ class LevelSetResult:
         return LevelSetResult(**{name: getattr(self, name)[rows] for name in _TENSORS})
 
     def counts(self) -> dict[str, int]:
-        """How many rows ended with each status, for a log line; statuses that did not occur are left out."""
+        """How many rows ended with each status; statuses that did not occur are left out."""
         codes, numbers = torch.unique(self.status, return_counts=True)
         return {
             Status(code).name: number

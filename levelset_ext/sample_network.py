@@ -2,8 +2,8 @@
 
     p(theta) = p - J^T (J J^T)^-1 [F(p; theta) - c]                                        (Eq. 9)
 
-J = D_xF(p; theta_0) and c are constants of the sample, so one evaluation of F is all that is added to
-a training step, and no second derivative of the network is ever needed.
+J = D_xF(p; theta_0) and c are constants of the sample, so one evaluation of F is all that is added
+to a training step, and no second derivative of the network is ever needed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def sample_network(
         fn: the network the points were found with: a module (evaluated as its eval-mode clone, see
             :func:`levelset_ext.field.evaluation_copy`) or a callable.
         result: what a sampler returned; its points, values and Jacobian are constants here.
-        frozen: False gives ``p + J+ (F.detach() - F)``: the value is ``result.points`` to the bit at
-            any theta, and the gradient that of Eq. 8 at the current theta. True is Eq. 9 itself with
-            c = ``result.values``: the value follows theta to first order.
+        frozen: False gives ``p + J+ (F.detach() - F)``: the value is ``result.points`` to the bit
+        at
+            any theta, and the gradient that of Eq. 8 at the current theta. True is Eq. 9 itself
+            with c = ``result.values``: the value follows theta to first order.
         direction: v, the shape of the points, for l = 1: p moves along v instead of along the
             gradient, ``p - v (F - c) / (D_xF . v)``, as a ray hit moves along its ray.
 
@@ -47,8 +48,8 @@ def sample_network(
 
     Raises:
         RuntimeError: ``fn`` at these points has no graph although gradients are enabled, so that
-            p(theta) would silently be a constant; or a tensor of ``result`` or ``direction`` asks for
-            a gradient that this function does not give.
+            p(theta) would silently be a constant; or a tensor of ``result`` or ``direction`` asks
+            for a gradient that this function does not give.
         ValueError: ``direction`` has another shape than the points, or l > 1.
     """
     return _move(as_field(fn), result, frozen, direction)
@@ -69,9 +70,7 @@ class SampleNetwork(nn.Module):
         return sample_network(self.network, result, frozen=self.frozen, direction=direction)
 
 
-def _move(
-    field: Field, result: LevelSetResult, frozen: bool, direction: Tensor | None
-) -> Tensor:
+def _move(field: Field, result: LevelSetResult, frozen: bool, direction: Tensor | None) -> Tensor:
     constants: dict[str, Any] = {
         "result.points": result.points,
         "result.values": result.values,
@@ -96,10 +95,12 @@ def _move(
     if torch.is_grad_enabled() and not values.requires_grad:
         raise RuntimeError(
             "fn: expected an output with a gradient with respect to parameters; got one without a "
-            "graph (all parameters frozen, or a detach inside?). Use torch.no_grad() if that is meant"
+            "graph (all parameters frozen, a detach inside?); use torch.no_grad() if that is meant"
         )
     # F - F rather than F.detach() - F: the same zeros, and p - 0 keeps the sign of a zero in p.
-    centre = (result.values if finite is None else result.values[finite]) if frozen else values.detach()
+    centre = (
+        (result.values if finite is None else result.values[finite]) if frozen else values.detach()
+    )
     jacobian = (result.jacobian if finite is None else result.jacobian[finite]).flatten(2)
     residual = values - centre
     if direction is None:

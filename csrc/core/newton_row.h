@@ -24,8 +24,11 @@ LEVELSET_HD RowStatus newton_row(const Team& team, const NewtonParams<S>& p, std
     largest = MaxKeepingNan<A>::combine(largest, A(fabs(residual[k])));
   }
   RowStatus status = RowStatus::kRunning;
-  if (!(largest <= FloatRange<A>::largest)) status = RowStatus::kNonFinite;
-  if (largest <= A(p.tol)) status = RowStatus::kConverged;
+  if (!(largest <= FloatRange<A>::largest)) {
+    status = RowStatus::kNonFinite;
+  } else if (largest <= A(p.tol)) {
+    status = RowStatus::kConverged;
+  }
 
   A shrink = A(1);
   if (status == RowStatus::kRunning) {

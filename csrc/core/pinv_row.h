@@ -7,7 +7,8 @@
 //   l = 1   the closed form of Eq. 5;
 //   l = 2   w = u_2 - (u_1 . u_2) u_1: the two rows are orthogonalised instead of inverting the Gram
 //           determinant 1 - (u_1 . u_2)^2, which cancels in float32;
-//   l > 2   Cholesky of the Gram matrix of the u_k, accumulated in double.
+//   l > 2   Cholesky of the Gram matrix of the u_k, accumulated in double. Products of float32 numbers
+//           are exact there, so that its pivots are right down to the rank tolerance.
 #pragma once
 
 #include <math.h>
@@ -39,7 +40,7 @@ LEVELSET_HD RowStatus inverse_norm(const Team& team, Columns d, At at, A& invers
           }).value[0];
   inverse = A(0);
   if (!(largest <= FloatRange<A>::largest)) return RowStatus::kNonFinite;
-  if (largest < FloatRange<A>::smallest_normal) return RowStatus::kRankDeficient;
+  if (largest == A(0)) return RowStatus::kRankDeficient;
   const A scaled =
       team.template reduce<Sum, 1, A>(d, [&](std::int64_t j) {
             const A x = at(j) / largest;
@@ -47,6 +48,7 @@ LEVELSET_HD RowStatus inverse_norm(const Team& team, Columns d, At at, A& invers
           }).value[0];
   const A norm = largest * sqrt(scaled);
   if (!(norm <= FloatRange<A>::largest)) return RowStatus::kNonFinite;
+  if (norm < FloatRange<A>::smallest_normal) return RowStatus::kRankDeficient;
   inverse = A(1) / norm;
   return RowStatus::kConverged;
 }
@@ -82,8 +84,9 @@ class PinvRow {
     } else if constexpr (L == 2) {
       weight_[0] = r[0] * inverse_[0];
       weight_[1] = (r[1] * inverse_[1] - cosine_ * weight_[0]) * inverse_residue_;
-      // |basis_1| = 1 and |basis_2|^2 = |w|^2 = 1 / inverse_residue_.
-      return A(sqrt(weight_[0] * weight_[0] + weight_[1] * weight_[1] / inverse_residue_));
+      // |basis_1| = 1 and |basis_2|^2 = |w|^2 = 1 / inverse_residue_. The square of a long step may
+      // overflow where the step itself does not.
+      return A(hypot(weight_[0], weight_[1] / A(sqrt(inverse_residue_))));
     } else {
       double rhs[kSize], solution[kSize];
       for (int k = 0; k < outputs_; ++k) rhs[k] = double(r[k]) * double(inverse_[k]);
@@ -140,6 +143,11 @@ class PinvRow {
     return load(jacobian_[k * d_ + j]) * inverse_[k];
   }
 
+  // The same without rounding when A is float.
+  LEVELSET_HD double wide_unit(int k, std::int64_t j) const {
+    return double(load(jacobian_[k * d_ + j])) * double(inverse_[k]);
+  }
+
   LEVELSET_HD RowStatus orthogonalise() {
     cosine_ = team_.template reduce<Sum, 1, A>(d_, [&](std::int64_t j) {
                      return Partial<A, 1>{{unit(0, j) * unit(1, j)}};
@@ -164,19 +172,19 @@ class PinvRow {
     return team_.template reduce<Sum, kSize, double>(d_, [&](std::int64_t j) {
       const double x = at(j);
       Partial<double, kSize> term;
-      for (int k = 0; k < kSize; ++k) term.value[k] = k < count ? double(unit(k, j)) * x : 0.0;
+      for (int k = 0; k < kSize; ++k) term.value[k] = k < count ? wide_unit(k, j) * x : 0.0;
       return term;
     });
   }
 
   LEVELSET_HD RowStatus cholesky() {
-    // The diagonal of the Gram matrix is 1 by construction. Pivot a is the squared length of the part
-    // of u_a that is orthogonal to the rows before it, which is what the rank rule asks for.
+    // Pivot a is the squared length of the part of u_a that is orthogonal to the rows before it, which
+    // is what the rank rule asks for. The diagonal is summed too: the u_k have length 1 only up to the
+    // rounding of inverse_, which in float32 is far more than the smallest pivot.
     const double tolerance = double(RankTolerance<A>::value);
-    factor_[0][0] = 1.0;
-    for (int a = 1; a < outputs_; ++a) {
-      const auto gram = dots([&](std::int64_t j) { return double(unit(a, j)); }, a);
-      double pivot = 1.0;
+    for (int a = 0; a < outputs_; ++a) {
+      const auto gram = dots([&](std::int64_t j) { return wide_unit(a, j); }, a + 1);
+      double pivot = gram.value[a];
       for (int b = 0; b < a; ++b) {
         double x = gram.value[b];
         for (int c = 0; c < b; ++c) x -= factor_[a][c] * factor_[b][c];

@@ -19,8 +19,8 @@ __all__ = ["ReconstructionLoss", "reconstruction"]
 class ReconstructionLoss(NamedTuple):
     """Eq. 13 and its parts, scalars.
 
-    total: what to call backward() on. levels: the first sum, one term for every sample set, detached.
-    cloud: mean |F| over the cloud points, without lambda, detached.
+    total: what to call backward() on. levels: the first sum, one term for every sample set,
+    detached. cloud: mean |F| over the cloud points, without lambda, detached.
     """
 
     total: Tensor

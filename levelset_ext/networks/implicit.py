@@ -19,9 +19,9 @@ class ImplicitMLP(nn.Module):
         outputs: l.
         width: units of every hidden layer.
         hidden_layers: how many hidden layers.
-        activation: "relu"; "silu", z sigmoid(beta z); or "softplus", log(1 + exp(beta z)) / beta. The
-            smooth two tend to ReLU as beta grows: 1 / beta is the width of the bend, in the units of
-            the pre-activations, and with it the sharpest edge that is cheap to represent.
+        activation: "relu"; "silu", z sigmoid(beta z); or "softplus", log(1 + exp(beta z)) / beta.
+            The smooth two tend to ReLU as beta grows: 1 / beta is the width of the bend, in the
+            units of the pre-activations, and so the sharpest edge that is cheap to represent.
         beta: sharpness of a smooth activation.
         skip: feed [h, x] instead of h to every layer between the first and the last.
 
@@ -54,16 +54,19 @@ class ImplicitMLP(nn.Module):
         self.dim, self.outputs, self.skip = dim, outputs, skip
         self.activation, self.beta = activation, float(beta)
         inner = width + dim if skip else width
-        layers = [nn.Linear(dim, width)]
-        layers += [nn.Linear(inner, width) for _ in range(hidden_layers - 1)]
-        self.hidden = nn.ModuleList(layers)
+        self.hidden = nn.Sequential(
+            nn.Linear(dim, width), *(nn.Linear(inner, width) for _ in range(hidden_layers - 1))
+        )
         self.last = nn.Linear(width, outputs)
         self.reset_parameters()
+
+    def _layers(self) -> list[nn.Linear]:
+        return [layer for layer in (*self.hidden, self.last) if isinstance(layer, nn.Linear)]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """He's normal distribution for the weights, 0 for the biases."""
-        for layer in [*self.hidden, self.last]:
+        for layer in self._layers():
             layer.weight.normal_(0.0, math.sqrt(2 / layer.out_features), generator=generator)
             layer.bias.zero_()
 
@@ -78,14 +81,12 @@ class ImplicitMLP(nn.Module):
         return self
 
     @torch.no_grad()
-    def init_sphere_(
-        self, radius: float, generator: torch.Generator | None = None
-    ) -> ImplicitMLP:
+    def init_sphere_(self, radius: float, generator: torch.Generator | None = None) -> ImplicitMLP:
         """Starts as about the signed distance to a sphere, negative inside, |grad F| about 1.
 
         The random hidden layers make a function that grows with |x|; the last layer is scaled and
-        shifted so that its least-squares line over |x| in [0.2, 1] is |x| - radius. With this start the
-        unsigned losses of Eq. 13 have one sign to keep: inside stays inside.
+        shifted so that its least-squares line over |x| in [0.2, 1] is |x| - radius. With this start
+        the unsigned losses of Eq. 13 have one sign to keep: inside stays inside.
         """
         if self.outputs != 1:
             raise ValueError(f"init_sphere_: expected a network with 1 output, got {self.outputs}")
@@ -109,7 +110,7 @@ class ImplicitMLP(nn.Module):
         beta = 1.0 if self.activation == "relu" else self.beta
         h = x * beta if beta != 1.0 else x
         first = h
-        for index, layer in enumerate(self.hidden):
+        for index, layer in enumerate(self._layers()[:-1]):
             if self.skip and index > 0:
                 h = torch.cat([h, first], 1)
             z = functional.linear(h, layer.weight, layer.bias * beta)

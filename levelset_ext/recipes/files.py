@@ -14,9 +14,9 @@ import torch
 from levelset_ext.errors import InputError
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Calls ``write`` with a file beside ``path``, then renames it: a reader, or a process killed at
-    any moment, sees the old file or the new one and never half of one."""
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Calls ``write`` with a file beside ``path``, then renames it: a reader, or a process killed
+    at any moment, sees the old file or the new one and never half of one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as stream:
@@ -30,14 +30,16 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=True) + "\n"
-    write_whole(path, lambda stream: stream.write(text.encode()) and None)
+    write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a JSON file written by this program ({error})") from None
+        raise InputError(
+            f"{path}: expected a JSON file written by this program ({error})"
+        ) from None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -50,7 +52,9 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: expected a {kind} checkpoint, cannot read it ({reason})") from None
+        raise InputError(
+            f"{path}: expected a {kind} checkpoint, cannot read it ({reason})"
+        ) from None
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise InputError(f"{path}: expected a {kind} checkpoint, got another file")
     return state

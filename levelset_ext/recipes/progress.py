@@ -26,7 +26,12 @@ class Progress:
     """
 
     def __init__(
-        self, name: str, total: int, start: int = 0, every: float | None = None, stream: TextIO | None = None
+        self,
+        name: str,
+        total: int,
+        start: int = 0,
+        every: float | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()

@@ -50,12 +50,12 @@ KIND = "levelset_ext reconstruct 1"
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Settings of a run. Lengths are in units of the normalised cloud, whose longest half side is 0.9.
+    """Settings of a run. Lengths are in units of the normalised cloud (longest half side 0.9).
 
-    Where samples start (``*_noise``, pairs of Gaussian sigma and share of the samples; what the shares
-    leave is uniform in the cloud's bounding box widened by ``margin``): points near the cloud put
-    samples where the surface must be decided, at several distances from it; uniform points find, and
-    let Eq. 13 punish, sheets of the zero level set away from the cloud.
+    Where samples start (``*_noise``, pairs of Gaussian sigma and share of the samples; what the
+    shares leave is uniform in the cloud's bounding box widened by ``margin``): points near the
+    cloud put samples where the surface must be decided, at several distances from it; uniform
+    points find, and let Eq. 13 punish, sheets of the zero level set away from the cloud.
     """
 
     preset: str = "fast"
@@ -97,8 +97,9 @@ class ReconstructConfig:
 
 PRESETS: dict[str, ReconstructConfig] = {
     "fast": ReconstructConfig(),
-    # The supplementary's setting: FC-2, an epoch is 10 batches of 10 K points, half of them moved to the
-    # zero level set, 0.001 halved at epochs 500, 1500 and 3500, lambda 1 -> 5 over 1000 epochs.
+    # The supplementary's setting: FC-2, an epoch is 10 batches of 10 K points, half of them moved
+    # to the zero level set, 0.001 halved at epochs 500, 1500 and 3500, lambda 1 -> 5 over 1000
+    # epochs.
     "paper": ReconstructConfig(
         preset="paper",
         steps=50_000,
@@ -155,7 +156,7 @@ def config_from(values: dict[str, Any]) -> ReconstructConfig:
     return ReconstructConfig(**values)
 
 
-# --- one training run, without files -----------------------------------------------------------------
+# --- one training run, without files ---
 
 
 class Training:
@@ -168,8 +169,8 @@ class Training:
 
     def __init__(self, cloud: Tensor, config: ReconstructConfig) -> None:
         self.cloud, self.config = cloud, config
-        # All randomness is drawn on the CPU from one generator, so that a checkpoint holds all of it
-        # and a seed means the same on every device.
+        # All randomness is drawn on the CPU from one generator, so that a checkpoint holds all of
+        # it and a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(config.seed)
         network = ImplicitMLP(
             3,
@@ -200,7 +201,13 @@ class Training:
         self.skipped_steps = 0
 
     def state(self) -> dict[str, Any]:
-        counters = ("step", "converged_rows", "projected_rows", "rank_deficient_rows", "skipped_steps")
+        counters = (
+            "step",
+            "converged_rows",
+            "projected_rows",
+            "rank_deficient_rows",
+            "skipped_steps",
+        )
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -235,12 +242,13 @@ class Training:
 
     def _starts(self, count: int, noise: tuple[tuple[float, float], ...]) -> Tensor:
         """Starting points, see :class:`ReconstructConfig`."""
-        parts = []
+        parts: list[Tensor] = []
+        rest = count
         for sigma, share in noise:
-            some = min(round(share * count), count - sum(len(part) for part in parts))
+            some = min(round(share * count), rest)
+            rest -= some
             offset = torch.randn(some, 3, generator=self.generator).to(self.cloud)
             parts.append(self._rows(some) + sigma * offset)
-        rest = count - sum(len(part) for part in parts)
         unit = torch.rand(rest, 3, generator=self.generator).to(self.cloud)
         parts.append(self.low + unit * (self.high - self.low))
         return torch.cat(parts)
@@ -287,7 +295,7 @@ class Training:
         return loss
 
 
-# --- the run as a folder -------------------------------------------------------------------------------
+# --- the run as a folder ---
 
 
 @dataclass(frozen=True)
@@ -312,8 +320,8 @@ def load_cloud(scan: str | None, seed: int) -> Cloud:
     summary = validate_cloud(points, name=str(scan))
     if summary.coplanar:
         raise InputError(
-            f"{scan}: expected points of a surface that bounds a volume, got {len(points)} points in "
-            "one plane"
+            f"{scan}: expected points of a surface that bounds a volume, got {len(points)} points "
+            "in one plane"
         )
     return Cloud(points, str(scan))
 
@@ -334,8 +342,8 @@ def reconstruct(
         out: folder, made if missing. Without ``resume`` a run that is there is replaced.
         config: settings.
         device: where to train.
-        resume: continue the run in ``out``; afresh if there is none, nothing to do if it is finished.
-        say: where messages go; progress goes to stderr.
+        resume: continue the run in ``out``; afresh if there is none, nothing to do if it is
+        finished. say: where messages go; progress goes to stderr.
 
     Returns:
         The contents of metrics.json.
@@ -383,13 +391,22 @@ def reconstruct(
 def _check_same_run(out: Path, header: dict[str, Any]) -> None:
     stored = read_json(out / "config.json")
     if not isinstance(stored, dict) or stored.get("kind") != KIND:
-        raise InputError(f"{out / 'config.json'}: expected the config of a reconstruction, got another")
-    if stored.get("digest") != header["digest"]:
-        raise InputError(f"{out}: expected the run of {header['cloud']}, got one of {stored['cloud']}")
-    if config_from(stored["settings"]) != config_from(header["settings"]):
-        changed = [k for k, v in asdict(config_from(stored["settings"])).items() if v != header["settings"][k]]
         raise InputError(
-            f"{out}: expected a run with the same settings to resume, got other {', '.join(changed)}"
+            f"{out / 'config.json'}: expected the config of a reconstruction, got another"
+        )
+    if stored.get("digest") != header["digest"]:
+        raise InputError(
+            f"{out}: expected the run of {header['cloud']}, got one of {stored['cloud']}"
+        )
+    if config_from(stored["settings"]) != config_from(header["settings"]):
+        changed = [
+            k
+            for k, v in asdict(config_from(stored["settings"])).items()
+            if v != header["settings"][k]
+        ]
+        raise InputError(
+            f"{out}: expected a run with the same settings to resume, got other "
+            f"{', '.join(changed)}"
         )
 
 
@@ -403,7 +420,12 @@ def _train(training: Training, out: Path, seconds: Callable[[], float]) -> dict[
         if last or training.step % config.checkpoint_every == 0:
             save_checkpoint(
                 out / "checkpoint.pt",
-                {"kind": KIND, "seconds": seconds(), "settings": asdict(config), "training": training.state()},
+                {
+                    "kind": KIND,
+                    "seconds": seconds(),
+                    "settings": asdict(config),
+                    "training": training.state(),
+                },
             )
         if last or progress.due():
             recent = {
@@ -439,7 +461,9 @@ def _metrics(
     trained: float,
 ) -> dict[str, Any]:
     surface = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
-    parts = trimesh.graph.connected_components(surface.face_adjacency, min_len=1)
+    parts: list[np.ndarray] = list(
+        trimesh.graph.connected_components(surface.face_adjacency, min_len=1)
+    )
     extent = np.ptp(cloud.points, axis=0)
     diagonal = float(np.linalg.norm(extent))
     metrics: dict[str, Any] = {
@@ -449,7 +473,9 @@ def _metrics(
         "faces": len(mesh.faces),
         "watertight": bool(surface.is_watertight),
         "components": len(parts),
-        "genus": (2 * len(parts) - int(surface.euler_number)) // 2 if surface.is_watertight else None,
+        "genus": (2 * len(parts) - int(surface.euler_number)) // 2
+        if surface.is_watertight
+        else None,
         "cloud_to_mesh": _cloud_distance(cloud, surface) / diagonal,
         "steps": training.step,
         "skipped_steps": training.skipped_steps,

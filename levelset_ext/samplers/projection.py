@@ -37,17 +37,18 @@ def project(
         level: c; a scalar, (l,), (n,) when l = 1, or (n, l), which wins where shapes coincide.
         max_iters: most updates of a row, >= 0.
         tol: a row is done when max_j |F_j - c_j| <= tol, in the units of F.
-        method: "newton" is the generalized Newton iteration of Eq. 4. "gradient_descent" takes steps
-            of ``step_size`` along -grad 1/2 |F - c|^2. "lbfgs" minimises the same objective, every row
-            with its own history and backtracking line search.
+        method: "newton" is the generalized Newton iteration of Eq. 4. "gradient_descent" takes
+            steps of ``step_size`` along -grad 1/2 |F - c|^2. "lbfgs" minimises the same objective,
+            every row with its own history and backtracking line search.
         max_step: longest single step, an L2 length in the units of x.
         box: (lower, upper) that points are clamped to after every step; scalars or the event shape.
         step_size: of "gradient_descent".
         history: pairs kept by "lbfgs".
 
     Returns:
-        A detached :class:`~levelset_ext.LevelSetResult`. ``values`` and ``jacobian`` are those of the
-        returned points, also for rows that did not converge. A finished row is not evaluated again.
+        A detached :class:`~levelset_ext.LevelSetResult`. ``values`` and ``jacobian`` are those of
+        the returned points, also for rows that did not converge. A finished row is not evaluated
+        again.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -86,8 +87,8 @@ def _newton(
     max_step: float,
     bounds: Bounds,
 ) -> None:
-    """Eq. 4 on the running rows. The update decides which rows are done, from the values it was given
-    anyway, so the last evaluation of a row is the one that found it converged."""
+    """Eq. 4 on the running rows. The update decides which rows are done, from the values it was
+    given anyway, so the last evaluation of a row is the one that found it converged."""
     lower, upper = bounds
     for iteration in range(max_iters + 1):
         values, jacobian = jacobian_of(field, state.active_points())
@@ -238,8 +239,8 @@ def _two_loop(gradient: Tensor, moves: Tensor, changes: Tensor, order: list[int]
 def _line_search(
     field: Field, state: SamplerState, gradient: Tensor, direction: Tensor, bounds: Bounds
 ) -> Tensor:
-    """Points of the running rows after the longest of 1, 1/2, 1/4, ... that descends enough; a row for
-    which none does stays. Only rows still searching are evaluated."""
+    """Points of the running rows after the longest of 1, 1/2, 1/4, ... that descends enough; a row
+    for which none does stays. Only rows still searching are evaluated."""
     points, level = state.points[state.rows], state.level[state.rows]
     start = 0.5 * (state.values[state.rows] - level).square().sum(1)
     slope = (gradient * direction).sum(1)

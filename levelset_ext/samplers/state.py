@@ -35,7 +35,8 @@ def box_bounds(box: tuple[object, object] | None, x: Tensor) -> tuple[Tensor | N
             tensor = tensor.expand(x.shape[1:])
         except RuntimeError:
             raise ValueError(
-                f"box: expected {name} as a scalar or {tuple(x.shape[1:])}, got {tuple(tensor.shape)}"
+                f"box: expected {name} as a scalar or {tuple(x.shape[1:])}, "
+                f"got {tuple(tensor.shape)}"
             ) from None
         corners.append(tensor.reshape(-1).contiguous())
     lower, upper = corners
@@ -49,21 +50,27 @@ class SamplerState:
 
     Attributes:
         points: (n, d), flat events.
+        values, jacobian, level: F (n, l), D_xF (n, l, d) and c (n, l); there after the first
+            ``record``.
         status: (n,) int8; ``RUNNING`` rows are the ones in ``rows``.
         rows: (m,) int64, indices of the running rows, ascending.
     """
 
+    values: Tensor
+    jacobian: Tensor
+    level: Tensor
+
     def __init__(self, x: Tensor, level: Tensor | float) -> None:
         self.event = x.shape[1:]
-        self.points = x.detach().reshape(x.shape[0], -1).clone(memory_format=torch.contiguous_format)
+        self.points = (
+            x.detach().reshape(x.shape[0], -1).clone(memory_format=torch.contiguous_format)
+        )
         n = self.points.shape[0]
         self._level = level
         self.status = torch.full((n,), int(Status.RUNNING), dtype=torch.int8, device=x.device)
         self.iterations = torch.zeros(n, dtype=torch.int32, device=x.device)
         self.rows = torch.arange(n, device=x.device)
-        self.values: Tensor | None = None
-        self.jacobian: Tensor | None = None
-        self.level: Tensor | None = None
+        self._recorded = False
 
     def active_points(self) -> Tensor:
         """Points of the running rows, (m, *event)."""
@@ -78,8 +85,9 @@ class SamplerState:
         return tensor if self.all_running() else tensor[self.rows]
 
     def record(self, values: Tensor, jacobian: Tensor) -> None:
-        """Keeps F (m, l) and D_xF (m, l, d) of the running rows as what is known at their points."""
-        if self.values is None or self.jacobian is None:
+        """Keeps F (m, l) and D_xF (m, l, d) of the running rows at their points."""
+        if not self._recorded:
+            self._recorded = True
             n, l = self.points.shape[0], values.shape[1]  # noqa: E741
             self.level = level_rows(self._level, n, l, self.points).expand(n, l).contiguous()
             self.values, self.jacobian = values.clone(), jacobian.clone()
@@ -99,7 +107,6 @@ class SamplerState:
 
     def finish(self, tol: float) -> LevelSetResult:
         """Judges the rows that still run by what was recorded last, and makes the result."""
-        assert self.values is not None and self.jacobian is not None and self.level is not None
         residual = (self.values - self.level).abs().amax(1)
         verdict = torch.full_like(self.status, int(Status.MAX_ITERATIONS))
         verdict[residual <= tol] = int(Status.CONVERGED)

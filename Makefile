@@ -1,0 +1,87 @@
+# make demo    set-up and the main job: a raw scan becomes demo/mesh.ply
+# make test    set-up and the tests
+# make help    everything else
+#
+# The Python at hand is used if it has torch >= 2.11 and setuptools; otherwise a virtual environment is
+# made in .venv. PYTHON=... chooses another one.
+
+ifndef PYTHON
+HAS_TORCH := $(shell python3 -c "import setuptools, torch; print(tuple(map(int, torch.__version__.split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
+ifeq ($(HAS_TORCH),True)
+PYTHON := python3
+else
+PYTHON := .venv/bin/python
+VENV := .venv/bin/python
+endif
+endif
+
+SUFFIX = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+SOURCES := $(shell find csrc -type f) setup.py VERSION
+CLANG_FORMAT = $(shell $(PYTHON) -c "import shutil, sysconfig; print(shutil.which('clang-format', path=sysconfig.get_path('scripts')) or 'clang-format')")
+DEMO_STEPS ?= 1500
+
+.DEFAULT_GOAL := build
+.PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench gpu-check ci clean print-python
+
+help:
+	@sed -n 's/^# //p' Makefile | head -7
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/bin/python:
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+
+build/setup.stamp: $(VENV) requirements/run.txt requirements/dev.txt
+	@mkdir -p build
+	$(PYTHON) tools/install_missing.py requirements/run.txt requirements/dev.txt
+	@touch $@
+
+build/extension.stamp: build/setup.stamp $(SOURCES)
+	$(PYTHON) setup.py build_ext --inplace > build/extension.log 2>&1 || (tail -n 40 build/extension.log; exit 1)
+	@grep '^levelset_ext ' build/extension.log
+	@touch $@
+
+setup: build/setup.stamp           ## dependencies, and a virtual environment where one is needed
+build: build/extension.stamp       ## the compiled extension, in place; only what changed
+
+demo: build                        ## a synthetic raw scan becomes demo/mesh.ply
+	$(PYTHON) -m levelset_ext reconstruct --out demo --steps $(DEMO_STEPS)
+	@echo "demo/mesh.ply and demo/preview.png are there"
+
+test: build                        ## the Python tests
+	$(PYTHON) -m pytest
+
+build/cmake/CTestTestfile.cmake: CMakeLists.txt csrc/sources.txt
+	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
+
+test-cpp: build/cmake/CTestTestfile.cmake  ## the C++ tests: row math, and the CUDA kernels in emulation
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure
+
+cuda-check: build/setup.stamp      ## compile the kernels with warnings as errors; registers and spills
+	$(PYTHON) tools/check_cuda_resources.py
+
+lint: build/setup.stamp            ## formatting and lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(CLANG_FORMAT) --dry-run --Werror
+
+format: build/setup.stamp          ## rewrite the files as lint wants them
+	$(PYTHON) -m ruff check --fix-only .
+	$(PYTHON) -m ruff format .
+	git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(CLANG_FORMAT) -i
+
+types: build/setup.stamp           ## static types
+	$(PYTHON) -m mypy
+
+gpu-check:                         ## on a machine with a GPU: CUDA tests, sanitizers, benchmark tables
+	bash benchmarks/gpu_check.sh
+
+ci:                                ## what has to pass before a change lands
+	bash .ci/run
+
+print-python:
+	@echo $(PYTHON)
+
+clean:                             ## remove everything that was built
+	rm -rf build dist demo levelset_ext/*.so *.egg-info

@@ -1,0 +1,10 @@
+"""The compiled module. Importing it registers torch.ops.levelset_ext.*"""
+
+from typing import Any
+
+__version__: str
+max_outputs: int
+rank_tolerance_float32: float
+rank_tolerance_float64: float
+status_codes: dict[str, int]
+build: dict[str, Any]
