@@ -1,0 +1,287 @@
+"""The reconstruct command: bad input, resumption after a kill, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from levelset_ext.cli import main
+from levelset_ext.errors import InputError
+from levelset_ext.recipes import reconstruct as recipe
+from levelset_ext.recipes.files import load_checkpoint, save_checkpoint
+
+SMALL = replace(
+    recipe.preset("fast", steps=40, seed=3),
+    width=32,
+    hidden_layers=3,
+    projected=64,
+    general=64,
+    cloud_points=64,
+    resolution=40,
+    checkpoint_every=7,
+)
+
+
+def small_cloud(seed: int = 0) -> recipe.Cloud:
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((2000, 3))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return recipe.Cloud(x * [3.0, 2.0, 2.0] + [100.0, 0.0, -7.0], "ellipsoid")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    recipe.reconstruct(small_cloud(), out, SMALL)
+    return out
+
+
+def bad_inputs(folder: Path) -> dict[str, list[str]]:
+    """Arguments after ``reconstruct`` for each kind of bad input, without --out."""
+    good = folder / "good.npy"
+    np.save(good, small_cloud().points)
+
+    def file(name: str, content: bytes) -> str:
+        (folder / name).write_bytes(content)
+        return str(folder / name)
+
+    def array(name: str, points: object) -> str:
+        np.save(folder / name, np.asarray(points), allow_pickle=True)
+        return str(folder / name)
+
+    cloud = small_cloud().points
+    nan, infinite = cloud.copy(), cloud.copy()
+    nan[7, 1], infinite[9, 2] = np.nan, np.inf
+    trimesh.PointCloud(cloud).export(folder / "whole.ply")
+    ply = (folder / "whole.ply").read_bytes()
+    header = b"ply\nformat ascii 1.0\nelement vertex 0\nproperty float x\nproperty float y\n"
+    return {
+        "missing file": [str(folder / "nothing.ply")],
+        "a folder": [str(folder)],
+        "text file": [file("text.ply", b"these are words, not points\n")],
+        "unknown extension": [file("points.docx", b"1 2 3\n")],
+        "empty file": [file("empty.xyz", b"")],
+        "empty cloud": [file("none.ply", header + b"property float z\nend_header\n")],
+        "fewer than 100 points": [array("few.npy", cloud[:99])],
+        "NaN": [array("nan.npy", nan)],
+        "infinity": [array("inf.npy", infinite)],
+        "all points equal": [array("equal.npy", np.ones((500, 3)))],
+        "on a line": [array("line.npy", np.arange(500)[:, None] * [1.0, 2.0, 3.0])],
+        "coplanar": [array("plane.npy", cloud * [1.0, 1.0, 0.0])],
+        "2-D data": [array("flat.npy", cloud[:, :2])],
+        "truncated PLY": [file("cut.ply", ply[: len(ply) // 2])],
+        "pickled NPY": [array("pickled.npy", np.array([{"a": 1}] * 200, dtype=object))],
+        "not a file": ["/dev/null"],
+        "unknown preset": [str(good), "--preset", "finest"],
+        "device not there": [str(good), "--device", "cuda:97"],
+        "no device": [str(good), "--device", "abacus"],
+        "no steps": [str(good), "--steps", "0"],
+        "steps no number": [str(good), "--steps", "many"],
+    }
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return bad_inputs(tmp_path_factory.mktemp("bad"))
+
+
+KINDS = (
+    "missing file",
+    "a folder",
+    "text file",
+    "unknown extension",
+    "empty file",
+    "empty cloud",
+    "fewer than 100 points",
+    "NaN",
+    "infinity",
+    "all points equal",
+    "on a line",
+    "coplanar",
+    "2-D data",
+    "truncated PLY",
+    "pickled NPY",
+    "not a file",
+    "unknown preset",
+    "device not there",
+    "no device",
+    "no steps",
+    "steps no number",
+)
+
+
+def test_every_kind_is_listed(bad: dict[str, list[str]]) -> None:
+    assert set(bad) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_one_line_and_status_2(
+    kind: str, bad: dict[str, list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    try:
+        status = main(["reconstruct", *bad[kind], "--out", str(out)])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    captured = capfd.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("out", ["file/below", "/proc/levelset"])
+def test_folder_that_cannot_be_written(
+    out: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    np.save(tmp_path / "good.npy", small_cloud().points)
+    target = Path(out) if out.startswith("/") else tmp_path / out
+    assert main(["reconstruct", str(tmp_path / "good.npy"), "--out", str(target)]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_run_leaves_whole_files_in_input_units(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir()}
+    assert names == {"mesh.ply", "metrics.json", "preview.png", "checkpoint.pt", "config.json"}
+    mesh = trimesh.load(whole_run / "mesh.ply")
+    assert mesh.is_watertight
+    np.testing.assert_allclose(mesh.bounds, [[97, -2, -9], [103, 2, -5]], atol=0.6)
+    metrics = json.loads((whole_run / "metrics.json").read_text())
+    assert metrics["steps"] == SMALL.steps
+    assert 0.5 < metrics["converged_share"] <= 1
+    assert metrics["cloud_to_mesh"] < 0.05
+    assert metrics["extraction"]["residual"] <= metrics["extraction"]["tolerance"]
+
+
+def test_same_seed_same_mesh_and_finished_runs_stay(whole_run: Path, tmp_path: Path) -> None:
+    recipe.reconstruct(small_cloud(), tmp_path, SMALL)
+    assert (tmp_path / "mesh.ply").read_bytes() == (whole_run / "mesh.ply").read_bytes()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    recipe.reconstruct(small_cloud(), tmp_path, SMALL, resume=True)
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert before == after
+
+
+def test_resume_refuses_another_run(whole_run: Path) -> None:
+    with pytest.raises(InputError, match="other seed"):
+        recipe.reconstruct(small_cloud(), whole_run, replace(SMALL, seed=4), resume=True)
+    with pytest.raises(InputError, match="got one of"):
+        recipe.reconstruct(small_cloud(seed=1), whole_run, SMALL, resume=True)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from test_reconstruct_command import SMALL, small_cloud
+from levelset_ext.recipes.reconstruct import reconstruct
+reconstruct(small_cloud(), Path(sys.argv[1]), SMALL, resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_mesh(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        recipe.reconstruct(small_cloud(), tmp_path / "whole", SMALL)
+    finally:
+        torch.set_num_threads(threads)
+    command = [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent))]
+    out = tmp_path / "killed"
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL)
+
+    def kill_when(condition: object) -> None:
+        child = start()
+        while child.poll() is None and not condition():  # type: ignore[operator]
+            time.sleep(0.002)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+
+    kill_when(lambda: (out / "config.json").exists())  # before the first checkpoint
+    assert not (out / "checkpoint.pt").exists()
+    kill_when(lambda: (out / "checkpoint.pt").exists())  # right after it
+    first = load_checkpoint(out / "checkpoint.pt", recipe.KIND)["training"]["counters"]["step"]
+    kill_when(  # in the middle
+        lambda: (
+            load_checkpoint(out / "checkpoint.pt", recipe.KIND)["training"]["counters"]["step"]
+            > first
+        )
+    )
+    assert not (out / "metrics.json").exists()
+    kill_when(lambda: (out / "mesh.ply").exists())  # after training
+    assert start().wait() == 0
+    assert (out / "mesh.ply").read_bytes() == (tmp_path / "whole" / "mesh.ply").read_bytes()
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no checkpoint at all"])
+def test_damaged_checkpoint_is_a_clear_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="checkpoint"):
+        load_checkpoint(path, recipe.KIND)
+
+
+def test_foreign_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", {"kind": "something else"})
+    with pytest.raises(InputError, match="another file"):
+        load_checkpoint(tmp_path / "a.pt", recipe.KIND)
+
+
+def test_non_finite_step_is_skipped_and_counted() -> None:
+    cloud = torch.from_numpy(small_cloud().points - [100.0, 0.0, -7.0]).float() / 3
+    training = recipe.Training(cloud, SMALL)
+    with torch.no_grad():
+        next(training.network.parameters()).fill_(float("nan"))
+    before = [parameter.clone() for parameter in training.network.parameters()]
+    training.advance()
+    assert training.skipped_steps == 1
+    for parameter, old in zip(training.network.parameters(), before, strict=True):
+        assert torch.equal(parameter.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
+def test_paper_preset_is_the_supplementary_and_schedules_stretch() -> None:
+    config = recipe.preset("paper")
+    assert (config.width, config.hidden_layers, config.skip) == (509, 7, True)
+    assert config.newton_iters == 10
+    training = recipe.Training(torch.zeros(10, 3), replace(config, width=8, hidden_layers=2))
+    rates, lams = [], []
+    for step in (0, 5_000, 15_000, 35_000):
+        training.step = step
+        rates.append(training.learning_rate())
+        lams.append(training.lam())
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
+    assert lams == pytest.approx([1.0, 3.0, 5.0, 5.0])
+    assert recipe.preset("paper", steps=500).halve_at == (50, 150, 350)
+    assert recipe.preset("paper", steps=500).lam_steps == 100
+
+
+def test_compare_and_info_print_json(
+    whole_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mesh = str(whole_run / "mesh.ply")
+    assert main(["compare", mesh, mesh, "--samples", "2000"]) == 0
+    assert json.loads(capfd.readouterr().out)["two_sided_ratio"] == pytest.approx(1.0, abs=0.1)
+    assert main(["info"]) == 0
+    assert json.loads(capfd.readouterr().out)["version"]
+    (tmp_path / "points.ply").write_bytes(b"junk")
+    assert main(["compare", str(tmp_path / "points.ply"), mesh]) == 2
+    assert main(["compare", mesh, mesh, "--samples", "0"]) == 2

@@ -1,0 +1,157 @@
+"""Eq. 13 against hand-made values, and the networks it trains."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import levelset_ext as ls
+from levelset_ext.networks import ImplicitMLP, fc1, fc2
+
+
+class Ball(torch.nn.Module):
+    """F(x) = s (|x| - r): the signed distance to a sphere, times a slope."""
+
+    def __init__(self, radius: float, slope: float = 1.0) -> None:
+        super().__init__()
+        self.radius = torch.nn.Parameter(torch.tensor(radius, dtype=torch.float64))
+        self.slope = slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slope * (torch.linalg.vector_norm(x, dim=1) - self.radius)
+
+
+def sphere_points(n: int, radius: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return radius * x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("slope", [1.0, 0.25])
+def test_value_is_the_formula(p: float, slope: float) -> None:
+    net, cloud = Ball(0.9, slope), sphere_points(500, 1.0)
+    start = 1.1 * sphere_points(64, 1.0, seed=1)
+    zero, general = ls.project(net, start, tol=1e-12), ls.level_points(net, start)
+    loss = ls.losses.reconstruction(net, [zero, general], cloud, cloud[:50], lam=3.0, p=p)
+
+    def term(points: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        distance = torch.cdist(points, cloud).amin(1)
+        return (distance - t.abs()).abs().pow(p).mean().pow(1 / p)
+
+    terms = [term(zero.points, torch.zeros(64)), term(start, net(start).detach())]
+    misfit = net(cloud[:50]).abs().mean()
+    torch.testing.assert_close(loss.levels, torch.stack(terms))
+    torch.testing.assert_close(loss.cloud, misfit.detach())
+    torch.testing.assert_close(loss.total, sum(terms) + 3.0 * misfit)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_gradient_is_that_of_a_moving_level_set(p: float) -> None:
+    """For the sphere, p(r) moves radially with r: differentiate the true geometry numerically."""
+    cloud = sphere_points(400, 1.0)
+    start = 0.7 * sphere_points(32, 1.0, seed=2)
+
+    def by_formula(radius: float) -> float:
+        unit = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
+        zero = (torch.cdist(radius * unit, cloud).amin(1)).pow(p).mean().pow(1 / p)
+        # A point at |x| = 0.7 is on the level t = 0.7 - 0.8 and keeps that t as r moves.
+        t = 0.7 - 0.8
+        level = torch.cdist((radius + t) * unit, cloud).amin(1)
+        return float(zero + (level - abs(t)).abs().pow(p).mean().pow(1 / p) + 2 * abs(1 - radius))
+
+    net = Ball(0.8)
+    samples = [ls.project(net, start, tol=1e-13), ls.level_points(net, start)]
+    ls.losses.reconstruction(net, samples, cloud, lam=2.0, p=p).total.backward()
+    h = 1e-6
+    numeric = (by_formula(0.8 + h) - by_formula(0.8 - h)) / (2 * h)
+    assert net.radius.grad is not None
+    assert float(net.radius.grad) == pytest.approx(numeric, rel=1e-5)
+
+
+def test_rows_that_cannot_move_are_left_out() -> None:
+    net, cloud = Ball(0.9), sphere_points(100, 1.0)
+    start = sphere_points(8, 1.0)
+    spoiled = start.clone()
+    spoiled[3] = math.nan
+    spoiled[5] = 0.0  # |x| has no gradient here
+    good = ls.project(net, start[[0, 1, 2, 4, 6, 7]])
+    bad = ls.project(net, spoiled)
+    assert bad.status[3] == ls.Status.NON_FINITE
+    expected = ls.losses.reconstruction(net, good, cloud)
+    loss = ls.losses.reconstruction(net, bad, cloud)
+    torch.testing.assert_close(loss.total, expected.total)
+    loss.total.backward()
+    assert net.radius.grad is not None
+    assert torch.isfinite(net.radius.grad)
+
+
+def test_two_outputs_measure_the_distance_to_a_curve() -> None:
+    net = torch.nn.Linear(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+        net.bias.zero_()
+    cloud = torch.stack(
+        [torch.linspace(-1, 1, 201), torch.zeros(201), torch.zeros(201)], 1
+    ).double()
+    samples = ls.project(net, torch.tensor([[0.25, 0.5, -0.5]], dtype=torch.float64))
+    shifted = cloud + torch.tensor([0.0, 0.3, 0.4], dtype=torch.float64)
+    loss = ls.losses.reconstruction(net, samples, shifted, lam=1.0)
+    assert float(loss.levels[0]) == pytest.approx(0.5)
+    assert float(loss.cloud) == pytest.approx(0.5)
+
+
+def test_bad_arguments_are_named() -> None:
+    net, cloud = Ball(0.9), sphere_points(10, 1.0)
+    samples = ls.project(net, cloud)
+    with pytest.raises(ValueError, match="p: expected"):
+        ls.losses.reconstruction(net, samples, cloud, p=0.5)
+    with pytest.raises(ValueError, match="lam: expected"):
+        ls.losses.reconstruction(net, samples, cloud, lam=-1.0)
+    with pytest.raises(ValueError, match="samples: expected"):
+        ls.losses.reconstruction(net, [], cloud)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_table_a1_networks() -> None:
+    assert count(fc1()) == (3 * 512 + 512) + 2 * (512 * 512 + 512) + 512 + 1
+    assert count(fc1(outputs=2)) == count(fc1()) + 513
+    assert count(fc2()) == (3 * 509 + 509) + 6 * (512 * 509 + 509) + 509 + 1
+    assert fc2()(torch.zeros(4, 3)).shape == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("activation", "beta"), [("relu", 1.0), ("silu", 40.0), ("softplus", 30.0)]
+)
+def test_activation_is_what_it_says(activation: str, beta: float) -> None:
+    net = ImplicitMLP(3, 2, 16, 3, activation=activation, beta=beta, skip=True).double()
+    x = torch.randn(20, 3, dtype=torch.float64)
+    functions = {
+        "relu": torch.relu,
+        "silu": lambda z: z * torch.sigmoid(beta * z),
+        "softplus": lambda z: torch.nn.functional.softplus(z, beta=beta, threshold=1e9),
+    }
+    for layer in net.hidden:
+        torch.nn.init.normal_(layer.bias)
+    h = x
+    for index, layer in enumerate(net.hidden):
+        h = functions[activation](layer(h if index == 0 else torch.cat([h, x], 1)))
+    torch.testing.assert_close(net(x), net.last(h))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_sphere_start_is_about_a_signed_distance(activation: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    net = ImplicitMLP(activation=activation).init_sphere_(0.7, generator)
+    directions = sphere_points(2000, 1.0).float()
+    for radius in (0.3, 0.5, 0.9, 1.0):
+        values = net(directions * radius)[:, 0]
+        assert float((values - (radius - 0.7)).mean().abs()) < 0.05
+        assert bool((values.sign() == math.copysign(1, radius - 0.7)).float().mean() > 0.8)
+    _, jacobian = ls.value_and_jacobian(net, directions * 0.8)
+    assert 0.8 < float(torch.linalg.vector_norm(jacobian, dim=2).mean()) < 1.3
