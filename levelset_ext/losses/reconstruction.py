@@ -36,6 +36,7 @@ def reconstruction(
     *,
     lam: float = 1.0,
     p: float = 1.0,
+    nearest: Sequence[Tensor | None] | None = None,
 ) -> ReconstructionLoss:
     """Eq. 13:  sum_t [ mean_i | d(x_i, X) - |t| |^p ]^(1/p)  +  lam / N sum_j |F(x_j)|.
 
@@ -50,6 +51,9 @@ def reconstruction(
         cloud_batch: the points x_j of the second sum, (m, d); None takes all of X.
         lam: lambda > 0.
         p: exponent >= 1 of the first sum.
+        nearest: for each sample set the index into ``cloud`` of the point nearest to each row, (n,)
+            int64, or None where it is to be searched. Points that stay where they are from step to
+            step need one search only.
 
     For l > 1 (curves) |t| and |F| are Euclidean norms of the l outputs. Differentiable in the
     parameters of ``fn``, by first derivatives of the network only.
@@ -63,10 +67,22 @@ def reconstruction(
         raise ValueError("samples: expected at least one LevelSetResult, got none")
     field = as_field(fn)
 
-    together = LevelSetResult.cat([result[result.usable] for result in sets])
-    sizes = [int(result.usable.sum()) for result in sets]
+    if nearest is not None and len(nearest) != len(sets):
+        raise ValueError(f"nearest: expected {len(sets)} entries, one a set, got {len(nearest)}")
+
+    usable = [result.usable for result in sets]
+    known = list(nearest) if nearest is not None else [None] * len(sets)
+    together = LevelSetResult.cat([result[rows] for result, rows in zip(sets, usable, strict=True)])
+    sizes = [int(rows.sum()) for rows in usable]
     points = sample_network(field, together)
-    distance, _ = ops.nearest_distance(points, cloud)
+    index = torch.cat(
+        [
+            ops.nearest_distance(part, cloud)[1] if found is None else found[rows]
+            for part, found, rows in zip(together.points.split(sizes), known, usable, strict=True)
+        ]
+    )
+    # Its gradient is the unit vector from the nearest point, and 0 at distance 0.
+    distance = torch.linalg.vector_norm(points - cloud[index], dim=1)
     on_level = torch.where(together.converged[:, None], together.level, together.values)
     error = (distance - torch.linalg.vector_norm(on_level, dim=1)).abs()
     terms = [_mean_power(part, p) for part in error.split(sizes)]

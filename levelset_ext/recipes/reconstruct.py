@@ -25,7 +25,7 @@ import torch
 import trimesh
 from torch import Tensor, nn
 
-from levelset_ext import losses
+from levelset_ext import losses, ops
 from levelset_ext._load import build_info
 from levelset_ext.data.meshes import write_mesh
 from levelset_ext.data.scans import Normalization, read_points, synthetic_scan, validate_cloud
@@ -81,6 +81,9 @@ class ReconstructConfig:
     projected_noise: tuple[tuple[float, float], ...] = ((0.03, 0.85),)
     general_noise: tuple[tuple[float, float], ...] = ((0.02, 0.4), (0.1, 0.2), (0.3, 0.2))
     margin: float = 0.25
+    # Points of the other levels are drawn from a pool of this size, whose nearest cloud points are
+    # searched once: far from the cloud a search costs more than the network. 0 draws new ones.
+    pool: int = 300_000
     newton_iters: int = 10
     newton_tol: float = 1e-4
     newton_step: float = 0.15
@@ -115,6 +118,7 @@ PRESETS: dict[str, ReconstructConfig] = {
         projected_noise=((0.1, 0.8),),
         general_noise=((0.01, 0.5), (0.2, 0.5)),
         margin=0.2,
+        pool=0,
         newton_tol=1e-5,
         newton_step=math.inf,
         learning_rate=1e-3,
@@ -193,6 +197,10 @@ class Training:
             fused=True,
         )
         self.low, self.high = cloud.amin(0) - config.margin, cloud.amax(0) + config.margin
+        self.pool: tuple[Tensor, Tensor] | None = None
+        if config.pool:
+            starts = self._starts(config.pool, config.general_noise)
+            self.pool = starts, ops.nearest_distance(starts, cloud)[1]
         self.step = 0
         # Sums over the steps so far, for the log and the metrics.
         self.converged_rows = 0
@@ -253,8 +261,9 @@ class Training:
         parts.append(self.low + unit * (self.high - self.low))
         return torch.cat(parts)
 
-    def samples(self) -> tuple[LevelSetResult, LevelSetResult]:
-        """Points projected to the zero level set, and points on whatever level set they lie on."""
+    def samples(self) -> tuple[LevelSetResult, LevelSetResult, Tensor | None]:
+        """Points projected to the zero level set, points on whatever level set they lie on, and the
+        cloud points nearest to the latter where the pool knows them."""
         config = self.config
         zero = project(
             self.network,
@@ -264,15 +273,20 @@ class Training:
             max_step=config.newton_step,
             box=(self.low - config.margin, self.high + config.margin),
         )
-        general = level_points(self.network, self._starts(config.general, config.general_noise))
-        return zero, general
+        if self.pool is None:
+            starts, nearest = self._starts(config.general, config.general_noise), None
+        else:
+            rows = torch.randint(config.pool, (config.general,), generator=self.generator)
+            rows = rows.to(self.cloud.device)
+            starts, nearest = self.pool[0][rows], self.pool[1][rows]
+        return zero, level_points(self.network, starts), nearest
 
     def advance(self) -> losses.ReconstructionLoss:
         """One step of Eq. 13."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        zero, general = self.samples()
+        zero, general, nearest = self.samples()
         loss = losses.reconstruction(
             self.network,
             [zero, general],
@@ -280,6 +294,7 @@ class Training:
             self._rows(config.cloud_points),
             lam=self.lam(),
             p=config.p,
+            nearest=[None, nearest],
         )
         self.optimizer.zero_grad(set_to_none=True)
         if bool(torch.isfinite(loss.total)):
