@@ -12,7 +12,7 @@ from levelset_ext._load import build_info
 from levelset_ext.field import value_and_jacobian
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.sample_network import SampleNetwork, sample_network
-from levelset_ext.samplers import level_points, project
+from levelset_ext.samplers import false_position, level_points, project
 
 __version__ = build_info()["version"]
 
@@ -21,6 +21,7 @@ __all__ = [
     "SampleNetwork",
     "Status",
     "build_info",
+    "false_position",
     "level_points",
     "losses",
     "networks",

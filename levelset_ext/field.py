@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,52 +17,104 @@ Field = Callable[[Tensor], Tensor]
 
 
 def evaluation_copy(module: nn.Module) -> nn.Module:
-    """A shallow clone of the module tree in eval mode that shares every parameter and buffer.
+    """A shallow clone of the module tree in eval mode: parameters shared, buffers copied.
 
-    The clone has its own mode flags, submodule tables and plain attributes, so evaluating it
-    changes neither the mode of ``module`` nor what its ``forward`` sets on itself, also while
-    another thread trains ``module``. Submodules used twice stay one. A module kept outside the
-    module tree (in a plain list or a closure) is not reached and is used as it is.
+    The clone has its own mode flags, submodule tables, plain attributes and buffers, so evaluating
+    it changes neither the mode of ``module`` nor what its ``forward`` sets on itself or counts in a
+    buffer, also while another thread trains ``module``. Submodules used twice stay one; modules in
+    plain lists, tuples and dicts and methods bound to the module follow it. Not reached, and used
+    as it is: a module in a closure or deeper inside other objects, and what is inside a mutable
+    attribute. An optimizer that steps in another thread meanwhile may make torch's backward raise.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        if any(m.training for m in module.modules()):
-            raise ValueError("fn: expected a ScriptModule in eval mode, as its mode is compiled in")
-        return module
-    # torch.compile wraps the module it was given; the wrapper cannot be cloned, and needs not be.
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        module = module._orig_mod  # type: ignore[assignment]
-    return _clone(module, {})
+    with torch.inference_mode(False):  # else the copied buffers could not take part in autograd
+        return _Cloner().module(module)
 
 
-def _clone(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
-    if id(module) in seen:
-        return seen[id(module)]
-    clone = module.__class__.__new__(module.__class__)
-    seen[id(module)] = clone
-    state = module.__dict__.copy()
-    state["training"] = False
-    for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-        state[table] = copy.copy(state[table])
-    state["_modules"] = {
-        name: None if child is None else _clone(child, seen)
-        for name, child in state["_modules"].items()
-    }
-    clone.__dict__ = state
-    return clone
+class _Cloner:
+    """Clones one module tree; remembers what it has cloned, so that shared parts stay shared."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._buffers: dict[int, Tensor] = {}
+
+    def module(self, module: nn.Module) -> nn.Module:
+        # torch.compile wraps the module it was given; the wrapper cannot be cloned.
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        if id(module) in self._modules:
+            return self._modules[id(module)]
+        if isinstance(module, torch.jit.ScriptModule):
+            if any(m.training for m in module.modules()):
+                raise ValueError(
+                    "fn: expected a ScriptModule in eval mode, as its mode is compiled in"
+                )
+            return module
+        # Not through the class's own __new__, which may want arguments or make another class.
+        clone: nn.Module = object.__new__(module.__class__)
+        self._modules[id(module)] = clone
+        tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        state = {
+            name: copy.copy(value) if name in tables else self._attribute(value)
+            for name, value in module.__dict__.copy().items()
+        }
+        state["training"] = False
+        state["_compiled_call_impl"] = None  # module.compile() keeps a call of the original here
+        state["_buffers"] = {name: self._buffer(b) for name, b in state["_buffers"].items()}
+        state["_modules"] = {
+            name: None if child is None else self.module(child)
+            for name, child in state["_modules"].items()
+        }
+        clone.__dict__ = state
+        return clone
+
+    def _buffer(self, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
+        if id(buffer) not in self._buffers:
+            self._buffers[id(buffer)] = buffer.clone()
+        return self._buffers[id(buffer)]
+
+    def _attribute(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self.module(value.__self__))
+        if type(value) in (list, tuple) and any(isinstance(v, nn.Module) for v in value):
+            return type(value)(self._attribute(v) for v in value)
+        if type(value) is dict and any(isinstance(v, nn.Module) for v in value.values()):
+            return {key: self._attribute(v) for key, v in value.items()}
+        return value
 
 
 def as_field(fn: Field) -> Field:
     """What the samplers evaluate: the eval-mode clone of a module, any other callable as it is."""
     if isinstance(fn, nn.Module):
+        if torch.compiler.is_compiling():
+            return partial(_in_eval_mode, fn)
         return evaluation_copy(fn)
     if not callable(fn):
         raise TypeError(f"fn: expected a module or a callable, got {type(fn).__name__}")
     return fn
 
 
+def _in_eval_mode(module: nn.Module, x: Tensor) -> Tensor:
+    """The module at x while torch.compile traces it. A clone cannot be traced, and is not needed:
+    the compiler plays the flags through without setting them. Buffers and attributes that
+    ``forward`` writes in eval mode are written on the module here."""
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
+        m.training = False
+    try:
+        return module(x)
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 def evaluate(field: Field, x: Tensor) -> Tensor:
     """F(x) as (n, l), with the shape checked and the graph kept."""
-    values = field(x)
+    # A copy, as the first layer of a network may work in place.
+    values = field(x.clone())
     if not isinstance(values, Tensor):
         raise TypeError(f"fn: expected a tensor (n,) or (n, l) back, got {type(values).__name__}")
     n = x.shape[0]
@@ -116,7 +170,7 @@ def jacobian_of(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
             )
             rows.append(torch.zeros_like(point) if row is None else row)
         jacobian = torch.stack(rows, 1)
-    return values.detach().to(x.dtype), jacobian.detach().to(x.dtype)
+        return values.detach().to(x.dtype), jacobian.detach().to(x.dtype)
 
 
 def value_and_jacobian(fn: Field, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ With ``J = D_xF`` of full row rank, everything the method needs is two linear ma
 With J held fixed each is the transpose of the other, so each is the other's backward. The
 derivative with respect to J is the same expression for both; it is written once below.
 
-Every op exists in two forms that give the same numbers: a function that goes through
-``torch.ops.levelset_ext`` (fake kernel, ``torch.compile``, ``torch.export``, ``vmap``) and a
-``torch.autograd.Function`` for use inside other people's autograd code. A row whose Jacobian has
-lost rank, or is not finite, gives zeros and says so in its status.
+Every op is registered as ``torch.ops.levelset_ext.*`` (fake kernel, ``torch.compile``,
+``torch.export``, ``vmap``) and wrapped in a ``torch.autograd.Function`` (``torch.func`` transforms,
+other people's autograd code). Both give the same numbers; the functions here take whichever fits.
+Forward-mode derivatives are refused. A row whose Jacobian has lost rank, or is not finite, gives
+zeros and says so in its status.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ __all__ = [
     "NewtonUpdate",
     "PinvAdjoint",
     "PinvApply",
+    "bracket_state",
+    "bracket_update_",
     "level_rows",
     "nearest_distance",
     "newton_update",
@@ -46,6 +49,7 @@ __all__ = [
 _raw = torch.ops.levelset_ext
 _CONVERGED = _C.status_codes["CONVERGED"]
 _RUNNING = _C.status_codes["RUNNING"]
+_STALLED = _C.status_codes["STALLED"]
 
 
 def _same_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -55,6 +59,13 @@ def _same_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     for dtype in present[1:]:
         common = torch.promote_types(common, dtype)
     return tuple(None if t is None else t.to(common) for t in tensors)
+
+
+def _op(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The op in the form that suits where it is called: torch.compile and torch.export take the
+    registered op. The autograd Function also works inside torch.func transforms, and refuses
+    forward-mode derivatives, which the registered op would answer with zeros."""
+    return getattr(_raw, name) if torch.compiler.is_compiling() else function.apply
 
 
 def rank_tolerance(dtype: torch.dtype) -> float:
@@ -107,7 +118,7 @@ def pinv_apply(jacobian: Tensor, residual: Tensor, *, return_status: bool = Fals
     Differentiable in both arguments, to any order.
     """
     jacobian, residual = _same_dtype(jacobian, residual)
-    result, status = _raw.pinv_apply(jacobian, residual)
+    result, status = _op("pinv_apply", PinvApply)(jacobian, residual)
     return (result, status) if return_status else result
 
 
@@ -123,7 +134,7 @@ def pinv_adjoint(jacobian: Tensor, gradient: Tensor, *, return_status: bool = Fa
         (n, l). Differentiable in both arguments, to any order.
     """
     jacobian, gradient = _same_dtype(jacobian, gradient)
-    result, status = _raw.pinv_adjoint(jacobian, gradient)
+    result, status = _op("pinv_adjoint", PinvAdjoint)(jacobian, gradient)
     return (result, status) if return_status else result
 
 
@@ -135,13 +146,14 @@ def _jacobian_gradient(jacobian: Tensor, r: Tensor, g: Tensor) -> Tensor:
     Both ops have this derivative: the backward of apply contracts its result with g, the backward
     of adjoint contracts its result with r.
     """
-    y, status = _raw.pinv_apply(jacobian, r)
+    y, status = pinv_apply(jacobian, r, return_status=True)
     # A row without full rank gives the constant 0, and its J may hold NaN, which must not spread.
     usable = (status == _CONVERGED)[:, None, None]
     jacobian = torch.where(usable, jacobian, 0.0)
     s, u = pinv_adjoint(jacobian, y), pinv_adjoint(jacobian, g)
-    across = g - torch.einsum("nld,nl->nd", jacobian, u)
-    gradient = torch.einsum("nl,nd->nld", s, across) - torch.einsum("nl,nd->nld", u, y)
+    # Products and sums, not einsum: autocast would round those to half precision.
+    across = g - (jacobian * u[:, :, None]).sum(1)
+    gradient = s[:, :, None] * across[:, None] - u[:, :, None] * y[:, None]
     return torch.where(usable, gradient, 0.0)
 
 
@@ -199,13 +211,14 @@ def newton_update(
         The next points (n, d) and the status (n,) int8 of every row: ``RUNNING`` (moved),
         ``CONVERGED``, ``RANK_DEFICIENT``, ``NON_FINITE`` or ``STALLED``.
 
-    Differentiable in points, values, jacobian and level, to any order: the derivative of the step
-    itself, with the cap where it acts and none through coordinates that the box holds.
+    Differentiable in points, values, jacobian, level and the box, to any order: the derivative of
+    the step itself, with the cap where it acts; a coordinate that the box holds moves with the box.
+    A row that the update leaves alone or cannot move passes its point through.
     """
     points, values, jacobian, lower, upper = _same_dtype(points, values, jacobian, lower, upper)
-    n, l = values.shape if values.dim() == 2 else (points.shape[0], 1)  # noqa: E741
-    c = level_rows(level, n, l, points)
-    return _raw.newton_update(
+    l = values.shape[1] if values.dim() == 2 else 1  # noqa: E741
+    c = level_rows(level, points.shape[0], l, points)
+    return _op("newton_update", NewtonUpdate)(
         points, values, jacobian, c, status, lower, upper, float(tol), float(max_step)
     )
 
@@ -236,10 +249,13 @@ def newton_update_(
 
     Not differentiable: raises RuntimeError if a gradient would be lost.
     """
-    tensors = {"points": points, "values": values, "jacobian": jacobian}
+    tensors: dict[str, Any] = {
+        "points": points, "values": values, "jacobian": jacobian, "level": level,
+        "lower": lower, "upper": upper,
+    }  # fmt: skip
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
-            if tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise RuntimeError(
                     f"{name}: expected a tensor that needs no gradient, as newton_update_ works in "
                     "place; call newton_update, or detach it"
@@ -268,7 +284,7 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
     points, values, jacobian, level, running, status, *box = ctx.saved_tensors
     lower: Tensor | None = box.pop(0) if ctx.has_box[0] else None
     upper: Tensor | None = box.pop(0) if ctx.has_box[1] else None
-    moved = (running & (status == _RUNNING))[:, None]
+    moved = (running & ((status == _RUNNING) | (status == _STALLED)))[:, None]
     # Rows that stayed have no derivative but the identity, whatever their F and J hold.
     residual = torch.where(moved, values - level, 0.0)
     jacobian = torch.where(moved[:, :, None], jacobian, 0.0)
@@ -282,14 +298,14 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
         length = torch.where(squares > 0, squares, 1.0).sqrt()
         capped = length > ctx.max_step
         shrink = torch.where(capped, ctx.max_step / length, 1.0)
-    free = torch.ones_like(points, dtype=torch.bool)
-    if lower is not None or upper is not None:
-        target = points - shrink * step
-        if lower is not None:
-            free = free & (target >= lower)
-        if upper is not None:
-            free = free & (target <= upper)
-    through = torch.where(free, grad, 0.0)
+    through = grad
+    on_box: list[Tensor | None] = [None, None]
+    target = points - shrink * step
+    for side, corner in enumerate((lower, upper)):
+        if corner is not None:
+            held = moved & (target < corner if side == 0 else target > corner)
+            through = torch.where(held, 0.0, through)
+            on_box[side] = torch.where(held, grad, 0.0).sum(0)
 
     # next = points - shrink(step) * step: along the step a capped row does not move any further.
     step_gradient = -shrink * through
@@ -309,7 +325,84 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
         grad_values,
         _jacobian_gradient(jacobian, residual, step_gradient) if ctx.needs_input_grad[2] else None,
         grad_level,
-        *(None,) * 6,
+        None,
+        *on_box,
+        *(None,) * 3,
+    )
+
+
+# --- bracket_update -------------------------------------------------------------------------------
+
+_BRACKET_VARIANTS: dict[str, int] = _C.bracket_variants
+
+
+def bracket_state(n: int, device: torch.device | str | None = None) -> Tensor:
+    """Memory for the state of n root searches, (n, bracket_columns) float64, that :func:`bracket_update_` fills.
+
+    Column ``_C.bracket_at`` is s of the row's point, ``_C.bracket_value`` the value of F at the end
+    evaluated last; for a row that is done, both belong to its answer.
+    """
+    return torch.zeros(n, _C.bracket_columns, dtype=torch.float64, device=device)
+
+
+def bracket_update_(
+    points: Tensor,
+    status: Tensor,
+    bracket: Tensor,
+    start: Tensor,
+    end: Tensor,
+    values: Tensor,
+    level: Tensor | float = 0.0,
+    *,
+    index: Tensor | None = None,
+    tol: float = 0.0,
+    variant: str = "anderson_bjorck",
+    last: bool = False,
+) -> None:
+    """One pass of a root search on segments, in place: takes F at the points, writes the next ones.
+
+    The first call hands in F at both ends and writes the first points. Every later call hands in F
+    at the points that the call before wrote, so a pass costs one evaluation of F.
+
+    Args:
+        points: (n, d), contiguous, overwritten: where F is wanted next, or a finished row's answer.
+        status: (n,) int8, contiguous. Only ``RUNNING`` rows take part.
+        bracket: state, of :func:`bracket_state`, contiguous, overwritten.
+        start, end: the segments, (n, d).
+        values: F, for l = 1, of the rows in ``index``: (m, 1) at their points, or (m, 2) at start
+            and end, which begins their search.
+        level: c; scalar, (n,) or (n, 1).
+        index: (m,) int64 without repeats, which row each row of ``values`` belongs to; None means
+            all n in order. A row outside is an error on the CPU and left out on CUDA.
+        tol: a row is ``CONVERGED`` when |F - c| <= tol.
+        variant: "regula_falsi", "bisection", "illinois", "chandrupatla" or "anderson_bjorck".
+        last: rows that would go on become ``MAX_ITERATIONS``, at the better end of their bracket.
+
+    Statuses besides: ``NOT_BRACKETED`` (at the better end), ``NON_FINITE`` (at the place that is
+    not), ``STALLED`` (at the better end: no point of this dtype lies between the ends; or three
+    evaluations within 4 ulp of the first ends' values came no closer, which is F's own rounding).
+
+    Not differentiable: raises RuntimeError if a gradient would be lost.
+    """
+    if variant not in _BRACKET_VARIANTS:
+        names = ", ".join(_BRACKET_VARIANTS)
+        raise ValueError(f"variant: expected one of {names}, got {variant!r}")
+    tensors: dict[str, Any] = {
+        "points": points, "start": start, "end": end, "values": values, "level": level,
+    }  # fmt: skip
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{name}: expected a tensor that needs no gradient, as bracket_update_ works "
+                    "in place; detach it"
+                )
+    dtype = points.dtype
+    start, end, values = start.to(dtype), end.to(dtype), values.to(dtype)
+    c = level_rows(level, points.shape[0], 1, points)
+    code = _BRACKET_VARIANTS[variant]
+    _raw.bracket_update_(
+        points, status, bracket, start, end, values, c, index, float(tol), code, last
     )
 
 
@@ -334,7 +427,7 @@ def nearest_distance(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
     Differentiable in x and cloud, to any order; the gradient at distance 0 is 0.
     """
     x, cloud = _same_dtype(x, cloud)
-    return _raw.nearest(x, cloud)
+    return _op("nearest", NearestDistance)(x, cloud)
 
 
 class _TreeCache:
@@ -389,6 +482,7 @@ def _nearest_cpu(query: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
             rows = x.numpy() if bool(finite.all()) else x[finite].numpy()
             _, found = tree.query(rows, workers=torch.get_num_threads())
             found = np.asarray(found, dtype=np.int64)
+            found[found == tree.n] = 0  # none: the squared distance to every point overflows
             index[finite] = torch.from_numpy(found if kept is None else kept[found])
     # The tree computes in float64; the distance is that of the inputs as they are.
     return torch.linalg.vector_norm(x - points[index], dim=1), index
@@ -417,7 +511,9 @@ def _nearest_backward(ctx: Any, grad: Tensor, _index: Any = None) -> tuple[Tenso
     query, cloud, index = ctx.saved_tensors
     difference = query - cloud[index]
     squares = (difference * difference).sum(1)
-    apart = squares > 0
+    # A row that is not finite must not reach the gradient of the cloud point it was given.
+    apart = (squares > 0) & torch.isfinite(squares)
+    difference = torch.where(apart[:, None], difference, 0.0)
     inverse = torch.where(apart, torch.where(apart, squares, 1.0).rsqrt(), 0.0)
     grad_query = (grad * inverse)[:, None] * difference
     grad_cloud = None
@@ -451,6 +547,11 @@ def _newton_update_inplace_fake(*_: Any, **__: Any) -> None:
     return None
 
 
+@torch.library.register_fake("levelset_ext::bracket_update_")
+def _bracket_update_inplace_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
 @torch.library.register_fake("levelset_ext::nearest")
 def _nearest_fake(query: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
     n = query.shape[0]
@@ -478,24 +579,26 @@ def _rows_vmap(op: Callable[..., tuple[Tensor, Tensor]], shared: tuple[int, ...]
     """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        size = info.batch_size
+        size, rows = info.batch_size, 0
         flat = []
         for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
             if not isinstance(arg, Tensor):
                 flat.append(arg)
             elif position in shared:
                 if dim is not None:
+                    name = op.default._schema.arguments[position].name  # type: ignore[attr-defined]
                     raise RuntimeError(
-                        f"{op}: argument {position} is shared by all rows and cannot be mapped "
-                        "over by vmap; loop over it instead"
+                        f"{name}: expected one for all of vmap, as it is shared by all rows of "
+                        f"{op}; loop over it instead"
                     )
                 flat.append(arg)
             else:
                 arg = arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape)
-                flat.append(arg.reshape(size * arg.shape[1], *arg.shape[2:]))
+                rows = arg.shape[1]
+                flat.append(arg.reshape(size * rows, *arg.shape[2:]))
         first, second = op(*flat)
         return (
-            (first.reshape(size, -1, *first.shape[1:]), second.reshape(size, -1)),
+            (first.reshape(size, rows, *first.shape[1:]), second.reshape(size, rows)),
             (0, 0),
         )
 
@@ -527,40 +630,50 @@ torch.library.register_vmap("levelset_ext::nearest", _rows_vmap(_raw.nearest, (1
 
 
 class PinvApply(torch.autograd.Function):
-    """``PinvApply.apply(jacobian, residual)``: :func:`pinv_apply` as an autograd Function."""
+    """``PinvApply.apply(jacobian, residual)``: :func:`pinv_apply` as an autograd Function; gives
+    the result and the status."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(jacobian: Tensor, residual: Tensor) -> Tensor:
-        return _raw.pinv_apply(jacobian, residual)[0]
-
-    setup_context = staticmethod(_save_two)
+    def forward(jacobian: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return _raw.pinv_apply(jacobian, residual)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save_two(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _status: Any) -> Any:
         return _apply_backward(ctx, grad)[:2]
 
 
 class PinvAdjoint(torch.autograd.Function):
-    """``PinvAdjoint.apply(jacobian, gradient)``: :func:`pinv_adjoint` as an autograd Function."""
+    """``PinvAdjoint.apply(jacobian, gradient)``: :func:`pinv_adjoint` as an autograd Function;
+    gives the result and the status."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(jacobian: Tensor, gradient: Tensor) -> Tensor:
-        return _raw.pinv_adjoint(jacobian, gradient)[0]
-
-    setup_context = staticmethod(_save_two)
+    def forward(jacobian: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return _raw.pinv_adjoint(jacobian, gradient)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save_two(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _status: Any) -> Any:
         return _adjoint_backward(ctx, grad)[:2]
 
 
 class NewtonUpdate(torch.autograd.Function):
     """``NewtonUpdate.apply(points, values, jacobian, level, status, lower, upper, tol, max_step)``:
     :func:`newton_update` as an autograd Function; level is (n, l) or (1, l)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -578,6 +691,8 @@ class NewtonUpdate(torch.autograd.Function):
 
 class NearestDistance(torch.autograd.Function):
     """``NearestDistance.apply(x, cloud)``: :func:`nearest_distance` as an autograd Function."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,9 +107,11 @@ class LevelSetResult:
         return self.points.shape[0]
 
     def __getitem__(self, rows: Any) -> LevelSetResult:
-        """The result of some rows: a slice, a boolean mask (n,) or indices (m,)."""
+        """The result of some rows: an int, a slice, a boolean mask (n,) or indices (m,)."""
         if isinstance(rows, int):
-            rows = slice(rows, rows + 1) if rows != -1 else slice(-1, None)
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"row {rows} of a result with {len(self)} rows")
+            rows = slice(rows % len(self), rows % len(self) + 1)
         return LevelSetResult(**{name: getattr(self, name)[rows] for name in _TENSORS})
 
     def counts(self) -> dict[str, int]:

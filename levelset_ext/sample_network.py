@@ -34,8 +34,7 @@ def sample_network(
             :func:`levelset_ext.field.evaluation_copy`) or a callable.
         result: what a sampler returned; its points, values and Jacobian are constants here.
         frozen: False gives ``p + J+ (F.detach() - F)``: the value is ``result.points`` to the bit
-        at
-            any theta, and the gradient that of Eq. 8 at the current theta. True is Eq. 9 itself
+            at any theta, and the gradient that of Eq. 8 at the current theta. True is Eq. 9 itself
             with c = ``result.values``: the value follows theta to first order.
         direction: v, the shape of the points, for l = 1: p moves along v instead of along the
             gradient, ``p - v (F - c) / (D_xF . v)``, as a ray hit moves along its ray.
@@ -43,14 +42,15 @@ def sample_network(
     Returns:
         (n, *event), differentiable in the parameters of ``fn`` to any order that F is; second
         derivatives are those of Eq. 9 with J held. Rows that cannot move (not finite, D_xF without
-        full rank, v tangent to the level set) are constants: F is not evaluated at points that are
-        not finite.
+        full rank, v tangent to the level set) are constants. F is not evaluated at rows that are
+        not finite; parameters get a gradient, if only zeros, also from a batch without a good row.
 
     Raises:
         RuntimeError: ``fn`` at these points has no graph although gradients are enabled, so that
             p(theta) would silently be a constant; or a tensor of ``result`` or ``direction`` asks
             for a gradient that this function does not give.
-        ValueError: ``direction`` has another shape than the points, or l > 1.
+        ValueError: ``direction`` has another shape than the points, or l > 1; ``fn`` has another l
+            than the result.
     """
     return _move(as_field(fn), result, frozen, direction)
 
@@ -84,53 +84,50 @@ def _move(field: Field, result: LevelSetResult, frozen: bool, direction: Tensor 
                 "detach it"
             )
     points = result.points
-    n = points.shape[0]
-    # A row that is not finite would put 0 * NaN into the parameters' gradients.
     finite = _finite_rows(result)
-    at = points if finite is None else points[finite]
-    if at.shape[0] == 0:
-        # Nothing to move; the zero keeps backward() working for a batch in which no row was found.
-        return points + _zero_with_graph(field)
-    values = evaluate(field, at).to(points.dtype)
+    jacobian = result.jacobian.flatten(2)
+    values = evaluate(field, _stand_in(points, finite)).to(points.dtype)
+    if values.shape != result.values.shape:
+        raise ValueError(
+            f"fn: expected the l = {result.values.shape[1]} outputs of result.values, "
+            f"got {values.shape[1]}; was the result found with another network?"
+        )
     if torch.is_grad_enabled() and not values.requires_grad:
         raise RuntimeError(
             "fn: expected an output with a gradient with respect to parameters; got one without a "
             "graph (all parameters frozen, a detach inside?); use torch.no_grad() if that is meant"
         )
-    # F - F rather than F.detach() - F: the same zeros, and p - 0 keeps the sign of a zero in p.
-    centre = (
-        (result.values if finite is None else result.values[finite]) if frozen else values.detach()
-    )
-    jacobian = (result.jacobian if finite is None else result.jacobian[finite]).flatten(2)
-    residual = values - centre
+    residual = values - (result.values if frozen else values.detach())
     if direction is None:
         step = ops.pinv_apply(jacobian, residual)
     else:
-        step = _along(jacobian, residual, _check_direction(direction, result), finite)
-    moved = at - step.view(at.shape)
-    if finite is None:
-        return moved
-    return points.index_copy(0, torch.nonzero(finite).squeeze(1), moved).view(n, *points.shape[1:])
+        step = _along(jacobian, residual, _check_direction(direction, result))
+    if not frozen:
+        # The step is 0, but of either sign: p - (+0) also keeps the sign of a zero in p.
+        step = step - step.detach()
+    return torch.where(_as_mask(finite, points), points - step.view(points.shape), points)
 
 
-def _finite_rows(result: LevelSetResult) -> Tensor | None:
-    """Mask of rows that F can be evaluated at, or None for all of them."""
-    if torch.compiler.is_compiling():
-        # A compiled graph cannot branch on data; its rows are the caller's responsibility.
-        return None
+def _finite_rows(result: LevelSetResult) -> Tensor:
+    """(n,) bool; a row that is not finite would put 0 * NaN into the parameters' gradients."""
     finite = torch.isfinite(result.points.flatten(1)).all(1)
-    finite &= torch.isfinite(result.values).all(1)
-    finite &= torch.isfinite(result.jacobian.flatten(1)).all(1)
-    return None if bool(finite.all()) else finite
+    finite = finite & torch.isfinite(result.values).all(1)
+    return finite & torch.isfinite(result.jacobian.flatten(1)).all(1)
 
 
-def _zero_with_graph(field: Field) -> Tensor | float:
-    if not isinstance(field, nn.Module):
-        return 0.0
-    for parameter in field.parameters():
-        if parameter.requires_grad:
-            return parameter.flatten()[:1].sum() * 0.0
-    return 0.0
+def _as_mask(rows: Tensor, points: Tensor) -> Tensor:
+    return rows.view(-1, *(1,) * (points.dim() - 1))
+
+
+def _stand_in(points: Tensor, finite: Tensor) -> Tensor:
+    """Where F is evaluated: at the points, and for a row that is not finite once more at the first
+    that is (at 0 if there is none). The shape does not depend on the data, so that the graph can be
+    compiled, and parameters get a gradient, if only zeros, also from a batch without a good row."""
+    if points.shape[0] == 0:
+        return points
+    first = points.index_select(0, finite.to(torch.int8).argmax(0, keepdim=True))
+    first = torch.where(finite.any(), first, 0.0)
+    return torch.where(_as_mask(finite, points), points, first)
 
 
 def _check_direction(direction: Tensor, result: LevelSetResult) -> Tensor:
@@ -147,9 +144,8 @@ def _check_direction(direction: Tensor, result: LevelSetResult) -> Tensor:
     return direction.to(result.points.dtype).flatten(1)
 
 
-def _along(jacobian: Tensor, residual: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+def _along(jacobian: Tensor, residual: Tensor, v: Tensor) -> Tensor:
     """v (F - c) / (D_xF . v), with rows whose v is tangent to the level set left where they are."""
-    v = v if rows is None else v[rows]
     gradient = jacobian[:, 0]
     slope = (gradient * v).sum(1, keepdim=True)
     lengths = torch.linalg.vector_norm(gradient, dim=1, keepdim=True) * torch.linalg.vector_norm(

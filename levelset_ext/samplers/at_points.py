@@ -27,7 +27,7 @@ def level_points(fn: Field, x: Tensor) -> LevelSetResult:
         ``RANK_DEFICIENT`` or ``NON_FINITE``.
     """
     x = check_points("x", x)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         values, jacobian = jacobian_of(as_field(fn), x)
         state = SamplerState(x, values)
         state.record(values, jacobian.flatten(2))

@@ -64,7 +64,8 @@ def project(
     if history < 1:
         raise ValueError(f"history: expected at least 1 pair, got {history!r}")
     field = as_field(fn)
-    with torch.no_grad():
+    # Tensors made in inference mode could not enter the sample network afterwards.
+    with torch.inference_mode(False), torch.no_grad():
         state = SamplerState(x, level)
         bounds = box_bounds(box, x)
         if method == "newton":
@@ -142,7 +143,8 @@ def _cap(step: Tensor, max_step: float) -> Tensor:
 
 def _objective_gradient(state: SamplerState, values: Tensor, jacobian: Tensor) -> Tensor:
     """Gradient of 1/2 |F - c|^2 of the running rows: J^T (F - c), (m, d)."""
-    return torch.einsum("nld,nl->nd", jacobian, values - state.of_rows(state.level))
+    residual = values - state.of_rows(state.level)
+    return (jacobian * residual[:, :, None]).sum(1)  # not einsum, which autocast would round
 
 
 def _gradient_descent(

@@ -62,9 +62,7 @@ class SamplerState:
 
     def __init__(self, x: Tensor, level: Tensor | float) -> None:
         self.event = x.shape[1:]
-        self.points = (
-            x.detach().reshape(x.shape[0], -1).clone(memory_format=torch.contiguous_format)
-        )
+        self.points = x.detach().flatten(1).clone(memory_format=torch.contiguous_format)
         n = self.points.shape[0]
         self._level = level
         self.status = torch.full((n,), int(Status.RUNNING), dtype=torch.int8, device=x.device)
@@ -89,7 +87,8 @@ class SamplerState:
         if not self._recorded:
             self._recorded = True
             n, l = self.points.shape[0], values.shape[1]  # noqa: E741
-            self.level = level_rows(self._level, n, l, self.points).expand(n, l).contiguous()
+            level = level_rows(self._level, n, l, self.points).expand(n, l)
+            self.level = level.clone(memory_format=torch.contiguous_format)
             self.values, self.jacobian = values.clone(), jacobian.clone()
         elif self.all_running():
             self.values, self.jacobian = values.clone(), jacobian.clone()
@@ -110,7 +109,8 @@ class SamplerState:
         residual = (self.values - self.level).abs().amax(1)
         verdict = torch.full_like(self.status, int(Status.MAX_ITERATIONS))
         verdict[residual <= tol] = int(Status.CONVERGED)
-        verdict[~torch.isfinite(residual)] = int(Status.NON_FINITE)
+        finite = torch.isfinite(residual) & torch.isfinite(self.points).all(1)
+        verdict[~finite] = int(Status.NON_FINITE)
         self.status = torch.where(self.status == Status.RUNNING, verdict, self.status)
         n, l = self.values.shape  # noqa: E741
         return LevelSetResult(
