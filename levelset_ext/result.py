@@ -42,7 +42,7 @@ else:
 _TENSORS = ("points", "values", "jacobian", "level", "status", "iterations")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LevelSetResult:
     """Points near a level set. All tensors are detached; rows are in the order of the input.
 
