@@ -81,13 +81,20 @@ def level_rows(level: Tensor | float, n: int, l: int, like: Tensor) -> Tensor:  
         n, l: rows and network outputs.
         like: tensor whose dtype and device the result has.
     """
-    c = torch.as_tensor(level, dtype=like.dtype, device=like.device)
+    if not isinstance(level, Tensor):
+        if isinstance(level, int | float):
+            # Filled on the device: a copy from the host would wait for it and break graph capture.
+            return torch.full((1, 1), float(level), dtype=like.dtype, device=like.device).expand(
+                1, l
+            )
+        level = torch.as_tensor(level)
+    c = level.to(dtype=like.dtype, device=like.device)
     shape = tuple(c.shape)
     if shape in ((), (1,)):
         return c.reshape(1, 1).expand(1, l)
     if shape == (n, l):
         return c
-    if shape == (l,):
+    if shape in ((l,), (1, l)):
         return c.reshape(1, l)
     if shape == (n,) and l == 1:
         return c.reshape(n, 1)
@@ -337,7 +344,7 @@ _BRACKET_VARIANTS: dict[str, int] = _C.bracket_variants
 
 
 def bracket_state(n: int, device: torch.device | str | None = None) -> Tensor:
-    """Memory for the state of n root searches, (n, bracket_columns) float64, that :func:`bracket_update_` fills.
+    """Memory for the state of n root searches, float64, that :func:`bracket_update_` fills.
 
     Column ``_C.bracket_at`` is s of the row's point, ``_C.bracket_value`` the value of F at the end
     evaluated last; for a row that is done, both belong to its answer.
@@ -380,7 +387,7 @@ def bracket_update_(
 
     Statuses besides: ``NOT_BRACKETED`` (at the better end), ``NON_FINITE`` (at the place that is
     not), ``STALLED`` (at the better end: no point of this dtype lies between the ends; or three
-    evaluations within 4 ulp of the first ends' values came no closer, which is F's own rounding).
+    evaluations within 4 ulp of c or of the values at both ends came no closer: F's own rounding).
 
     Not differentiable: raises RuntimeError if a gradient would be lost.
     """
@@ -620,9 +627,17 @@ def _newton_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return _rows_vmap(_raw.newton_update, shared=(5, 6))(info, in_dims, *args)
 
 
+def _bracket_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    raise RuntimeError(
+        "bracket_update_ works in place on the rows of a batch and cannot be mapped over by vmap; "
+        "join the mapped dimension with the rows"
+    )
+
+
 torch.library.register_vmap("levelset_ext::pinv_apply", _rows_vmap(_raw.pinv_apply, ()))
 torch.library.register_vmap("levelset_ext::pinv_adjoint", _rows_vmap(_raw.pinv_adjoint, ()))
 torch.library.register_vmap("levelset_ext::newton_update", _newton_vmap)
+torch.library.register_vmap("levelset_ext::bracket_update_", _bracket_vmap)
 torch.library.register_vmap("levelset_ext::nearest", _rows_vmap(_raw.nearest, (1,)))
 
 

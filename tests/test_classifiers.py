@@ -109,9 +109,9 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a network of this version"):
         load_classifier(path)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match="a.pt: expected a levelset_ext classifier 1"):
+    with pytest.raises(InputError, match=r"a.pt: expected a levelset_ext classifier 1"):
         load_classifier(path)
-    with pytest.raises(InputError, match="missing.pt"):
+    with pytest.raises(InputError, match=r"missing.pt"):
         load_classifier(tmp_path / "missing.pt")
     with pytest.raises(ValueError, match=r"made by networks.build, got Linear"):
         save_classifier(path, nn.Linear(2, 2))

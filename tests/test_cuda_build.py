@@ -12,7 +12,12 @@ import torch
 import levelset_ext as ls
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ["pinv_apply", "pinv_adjoint", "newton_update", "newton_update_", "nearest"]
+KNOWN = {"pinv_apply", "pinv_adjoint", "newton_update", "newton_update_", "nearest"}
+OPS = sorted(
+    name.split("::")[1]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("levelset_ext::")
+)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -26,13 +31,8 @@ def test_every_op_has_a_cpu_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"levelset_ext::{op}", "CPU")
 
 
-def test_no_op_is_left_out_of_this_list():
-    names = {
-        name.split("::")[1]
-        for name in torch._C._dispatch_get_all_op_names()
-        if "levelset_ext::" in name
-    }
-    assert names == set(OPS)
+def test_the_dispatcher_lists_the_ops():
+    assert set(OPS) >= KNOWN
 
 
 def test_build_info_names_toolkit_and_architectures():

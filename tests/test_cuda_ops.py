@@ -101,7 +101,7 @@ def test_index_outside_the_points_is_left_out():
     index = torch.tensor([-1, 3, 1], device="cuda")
     before = points.clone()
     ls.ops.newton_update_(
-        points, status, values, jacobian, torch.zeros(1, 1, device="cuda"), index=index
+        points, status, values, jacobian, torch.zeros(1, device="cuda"), index=index
     )
     assert torch.equal((points != before).any(1).cpu(), torch.tensor([False, True, False]))
 
@@ -178,7 +178,7 @@ def test_empty_batches():
     jacobian, residual, gradient = rows(0, 2, 5, torch.float32)
     assert ls.ops.pinv_apply(jacobian, residual).shape == (0, 5)
     assert ls.ops.pinv_adjoint(jacobian, gradient).shape == (0, 2)
-    level = torch.zeros(1, 2, device="cuda")
+    level = torch.zeros(2, device="cuda")
     assert ls.ops.newton_update(gradient, residual, jacobian, level)[0].shape == (0, 5)
     distance, index = ls.ops.nearest_distance(
         torch.zeros(0, 3, device="cuda"), torch.zeros(4, 3, device="cuda")
@@ -224,7 +224,7 @@ def test_runs_on_the_device_of_its_tensors():
 def test_ops_never_wait_for_the_device(level):
     jacobian, values, points = rows(64, 2, 20, torch.float32)
     cloud = torch.randn(500, 3, device="cuda")
-    c = torch.zeros(1, 2, device="cuda") if level == "tensor" else 0.5
+    c = torch.zeros(2, device="cuda") if level == "tensor" else 0.5
     status = torch.full((64,), RUNNING, dtype=torch.int8, device="cuda")
     index = torch.arange(64, device="cuda")
     torch.cuda.synchronize()
@@ -241,7 +241,7 @@ def test_ops_never_wait_for_the_device(level):
 
 def test_newton_update_in_place_can_be_captured_in_a_graph():
     jacobian, values, start = rows(200, 1, 30, torch.float32)
-    level = torch.zeros(1, 1, device="cuda")
+    level = torch.zeros(1, device="cuda")
     points, status = start.clone(), torch.full((200,), RUNNING, dtype=torch.int8, device="cuda")
 
     def update():
@@ -270,7 +270,7 @@ def test_gradients_and_second_gradients():
     for op, other in ((ls.ops.pinv_apply, residual), (ls.ops.pinv_adjoint, gradient)):
         assert torch.autograd.gradcheck(op, (jacobian, other))
         assert torch.autograd.gradgradcheck(op, (jacobian, other))
-    level = torch.zeros(1, 2, dtype=torch.float64, device="cuda")
+    level = torch.zeros(2, dtype=torch.float64, device="cuda")
 
     def update(p, f, j):
         return ls.ops.newton_update(p, f, j, level)[0]

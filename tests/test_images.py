@@ -160,7 +160,7 @@ IDX = idx(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
     [
         (b"", "not an IDX file: .* got an empty file"),
         (b"PNG and more", "not an IDX file: .* got 50 4e 47"),
-        (b"\0\0\x0d\x03" + IDX[4:], "expected IDX type 0x08 .* got 0xd"),
+        (b"\0\0\x0d\x03" + IDX[4:], "expected IDX type 0x08 .* got 0x0d"),
         (IDX[:9], "truncated IDX: the header"),
         (IDX[:-1], r"truncated IDX: expected 24 bytes .* shape \(2, 4, 3\), got only 23"),
         (IDX + b"x", "malformed IDX: expected 24 bytes .* got more"),
@@ -178,7 +178,7 @@ def test_bad_idx(tmp_path: Path, blob: bytes, message: str) -> None:
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         load_images(tmp_path / "missing")
-    with pytest.raises(InputError, match="train-images-idx3-ubyte.*data_batch_1.*got none"):
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte.*data_batch_1.*got none"):
         load_images(tmp_path)
     with pytest.raises(InputError, match="split: expected one of train, test"):
         load_images(tmp_path, "validation")
@@ -187,17 +187,17 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected train-labels-idx1-ubyte"):
         load_images(tmp_path / "a")
     (tmp_path / "a/train-labels-idx1-ubyte").write_bytes(idx(np.zeros(4, np.uint8)))
-    with pytest.raises(InputError, match="expected 5 labels .* got 4"):
+    with pytest.raises(InputError, match=r"expected 5 labels .* got 4"):
         load_images(tmp_path / "a")
     (tmp_path / "a/train-labels-idx1-ubyte").write_bytes(idx(np.full(5, 10, np.uint8)))
-    with pytest.raises(InputError, match="expected labels 0 ... 9, got 10"):
+    with pytest.raises(InputError, match=r"expected labels 0 ... 9, got 10"):
         load_images(tmp_path / "a")
     cifar(tmp_path / "b", "bin")
     (tmp_path / "b/data_batch_3.bin").unlink()
     with pytest.raises(InputError, match=r"data_batch_3\.bin.* no such file"):
         load_images(tmp_path / "b")
     (tmp_path / "b/test_batch.bin").write_bytes(b"\0" * 3072)
-    with pytest.raises(InputError, match="records of 3073 bytes.* got 3072 bytes"):
+    with pytest.raises(InputError, match=r"records of 3073 bytes.* got 3072 bytes"):
         load_images(tmp_path / "b", "test")
 
 
@@ -208,7 +208,7 @@ def test_merge_labels() -> None:
     drawn = merge_labels(labels, seed=1)
     assert drawn.sum() == 5
     assert drawn.tolist() == merge_labels(labels, seed=1).tolist() != merge_labels(labels).tolist()
-    with pytest.raises(ValueError, match="labels: expected values in 0 ... 9"):
+    with pytest.raises(ValueError, match=r"labels: expected values in 0 ... 9"):
         merge_labels(torch.tensor([10]))
     with pytest.raises(ValueError, match="classes: expected 1 to 10"):
         merge_labels(labels, 11)

@@ -36,6 +36,7 @@ def reconstruction(
     *,
     lam: float = 1.0,
     p: float = 1.0,
+    min_slope: float = 0.0,
     nearest: Sequence[Tensor | None] | None = None,
 ) -> ReconstructionLoss:
     """Eq. 13:  sum_t [ mean_i | d(x_i, X) - |t| |^p ]^(1/p)  +  lam / N sum_j |F(x_j)|.
@@ -51,6 +52,9 @@ def reconstruction(
         cloud_batch: the points x_j of the second sum, (m, d); None takes all of X.
         lam: lambda > 0.
         p: exponent >= 1 of the first sum.
+        min_slope: rows with |D_xF| below it are left out (l = 1). p(theta) moves by 1 / |D_xF| for
+            a unit of F, but only to first order: where F is flat, as on the medial axis of a shape,
+            that promise holds for next to no step, and such rows shout down all others.
         nearest: for each sample set the index into ``cloud`` of the point nearest to each row, (n,)
             int64, or None where it is to be searched. Points that stay where they are from step to
             step need one search only.
@@ -70,7 +74,7 @@ def reconstruction(
     if nearest is not None and len(nearest) != len(sets):
         raise ValueError(f"nearest: expected {len(sets)} entries, one a set, got {len(nearest)}")
 
-    usable = [result.usable for result in sets]
+    usable = [_steep(result, min_slope) for result in sets]
     known = list(nearest) if nearest is not None else [None] * len(sets)
     together = LevelSetResult.cat([result[rows] for result, rows in zip(sets, usable, strict=True)])
     sizes = [int(rows.sum()) for rows in usable]
@@ -93,6 +97,16 @@ def reconstruction(
     return ReconstructionLoss(
         total=levels.sum() + lam * misfit, levels=levels.detach(), cloud=misfit.detach()
     )
+
+
+def _steep(result: LevelSetResult, min_slope: float) -> Tensor:
+    """(n,) bool, rows that Eq. 9 can move and whose D_xF is not shorter than ``min_slope``."""
+    if min_slope <= 0:
+        return result.usable
+    if result.values.shape[1] != 1:
+        raise ValueError(f"min_slope: expected 0 for networks with l > 1 outputs, got {min_slope}")
+    slope = torch.linalg.vector_norm(result.jacobian.flatten(1), dim=1)
+    return result.usable & (slope >= min_slope)
 
 
 def _norm(values: Tensor) -> Tensor:

@@ -1,5 +1,29 @@
-"""Networks for implicit curves and surfaces."""
+"""Networks for implicit curves and surfaces, and the image classifiers of Table A1."""
 
+from levelset_ext.networks.classifiers import (
+    CLASSIFIERS,
+    ConvNet,
+    ResNet18,
+    build,
+    convnet2a,
+    convnet2b,
+    convnet4a,
+    convnet4b,
+    resnet18,
+)
 from levelset_ext.networks.implicit import ImplicitMLP, fc1, fc2
 
-__all__ = ["ImplicitMLP", "fc1", "fc2"]
+__all__ = [
+    "CLASSIFIERS",
+    "ConvNet",
+    "ImplicitMLP",
+    "ResNet18",
+    "build",
+    "convnet2a",
+    "convnet2b",
+    "convnet4a",
+    "convnet4b",
+    "fc1",
+    "fc2",
+    "resnet18",
+]

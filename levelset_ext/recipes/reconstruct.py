@@ -60,20 +60,22 @@ class ReconstructConfig:
 
     preset: str = "fast"
     seed: int = 0
-    steps: int = 2500
+    steps: int = 6000
     # network
     width: int = 128
     hidden_layers: int = 5
     activation: str = "silu"
-    beta: float = 40.0
+    beta: float = 60.0
     skip: bool = False
     start: str = "sphere"  # or "paper"
-    start_radius: float = 0.7
+    start_radius: float = 0.64
     # Eq. 13
     lam_first: float = 1.0
     lam_last: float = 5.0
-    lam_steps: int = 2500  # lambda grows linearly over these
-    p: float = 1.0
+    lam_steps: int = 6000  # lambda grows over these
+    lam_power: float = 2.0  # as this power of the steps done
+    p: float = 2.0
+    min_slope: float = 0.3
     # samples of one step
     projected: int = 512
     general: int = 1024
@@ -88,7 +90,7 @@ class ReconstructConfig:
     newton_tol: float = 1e-4
     newton_step: float = 0.15
     # optimizer: Adam
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     beta2: float = 0.99
     schedule: str = "cosine"  # after a linear warm-up; or "halving"
     warmup: float = 0.05  # share of the steps
@@ -112,6 +114,9 @@ PRESETS: dict[str, ReconstructConfig] = {
         skip=True,
         start="paper",
         lam_steps=10_000,
+        lam_power=1.0,
+        p=1.0,
+        min_slope=0.0,
         projected=5_000,
         general=5_000,
         cloud_points=10_000,
@@ -194,6 +199,7 @@ class Training:
             self.network.parameters(),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
+            eps=1e-12,
             fused=True,
         )
         self.low, self.high = cloud.amin(0) - config.margin, cloud.amax(0) + config.margin
@@ -241,7 +247,7 @@ class Training:
 
     def lam(self) -> float:
         config = self.config
-        grown = min(1.0, self.step / config.lam_steps)
+        grown = min(1.0, self.step / config.lam_steps) ** config.lam_power
         return config.lam_first + (config.lam_last - config.lam_first) * grown
 
     def _rows(self, count: int) -> Tensor:
@@ -294,6 +300,7 @@ class Training:
             self._rows(config.cloud_points),
             lam=self.lam(),
             p=config.p,
+            min_slope=config.min_slope,
             nearest=[None, nearest],
         )
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <limits>
 
-
 #include "core/limits.h"
 #include "cpu/rows.h"
 #include "problems.h"
@@ -43,7 +42,8 @@ struct Affine {
   void fill(Newton<S>& p) const {
     for (std::int64_t i = 0; i < p.m; ++i) {
       std::copy(a.begin(), a.end(), p.jacobian.begin() + i * l * d);
-      for (int k = 0; k < l; ++k) p.values[std::size_t(i * l + k)] = S(value(p.points.data() + i * d, k));
+      for (int k = 0; k < l; ++k)
+        p.values[std::size_t(i * l + k)] = S(value(p.points.data() + i * d, k));
     }
   }
 
@@ -73,7 +73,8 @@ TYPED_TEST(NewtonTest, AffineFieldIsSolvedInOneStep) {
       for (std::int64_t i = 0; i < p.n; ++i) {
         ASSERT_EQ(RowStatus(p.status[std::size_t(i)]), RowStatus::kRunning);
         for (int k = 0; k < l; ++k) {
-          EXPECT_NEAR(field.value(p.next.data() + i * d, k), p.level[std::size_t(i * l + k)], allowed)
+          EXPECT_NEAR(field.value(p.next.data() + i * d, k), p.level[std::size_t(i * l + k)],
+                      allowed)
               << "l " << l << ", d " << d;
         }
       }
@@ -225,9 +226,9 @@ TYPED_TEST(NewtonTest, StalledWhenThePointCannotMove) {
 TYPED_TEST(NewtonTest, RowsThatDoNotRunAreUntouched) {
   using S = TypeParam;
   const S nan = std::numeric_limits<S>::quiet_NaN();
-  const RowStatus others[] = {RowStatus::kConverged,    RowStatus::kMaxIterations,
+  const RowStatus others[] = {RowStatus::kConverged,     RowStatus::kMaxIterations,
                               RowStatus::kRankDeficient, RowStatus::kNonFinite,
-                              RowStatus::kNotBracketed, RowStatus::kStalled};
+                              RowStatus::kNotBracketed,  RowStatus::kStalled};
   for (const bool in_place : {false, true}) {
     for (const int l : {1, 2, 3}) {
       Newton<S> p(13, l, 4, 6), all = p;
@@ -247,7 +248,8 @@ TYPED_TEST(NewtonTest, RowsThatDoNotRunAreUntouched) {
         const bool runs = before[i] == code(RowStatus::kRunning);
         EXPECT_EQ(p.status[i], runs ? all.status[i] : before[i]);
         const S* expected = runs ? all.next.data() : points.data();
-        EXPECT_EQ(std::memcmp(next.data() + i * 4, expected + i * 4, 4 * sizeof(S)), 0) << "row " << i;
+        EXPECT_EQ(std::memcmp(next.data() + i * 4, expected + i * 4, 4 * sizeof(S)), 0)
+            << "row " << i;
       }
     }
   }
@@ -313,7 +315,8 @@ TYPED_TEST(NewtonTest, IndexOutsideThePointsIsLeftOut) {
   const std::vector<S> before = p.points;
   run(p);
   for (std::size_t i = 0; i < 4; ++i) {
-    const bool same = std::memcmp(p.points.data() + i * 3, before.data() + i * 3, 3 * sizeof(S)) == 0;
+    const bool same =
+        std::memcmp(p.points.data() + i * 3, before.data() + i * 3, 3 * sizeof(S)) == 0;
     EXPECT_EQ(same, i != 2);
   }
 }
@@ -349,11 +352,10 @@ TYPED_TEST(NewtonTest, BadRowsAreMarkedAndLeaveOthersAlone) {
       std::fill_n(bad.jacobian.begin() + 7 * l * d, d, S(0));
       run(good);
       run(bad);
-      const RowStatus expected[] = {RowStatus::kRunning,   RowStatus::kNonFinite,
-                                    RowStatus::kNonFinite, RowStatus::kNonFinite,
-                                    RowStatus::kNonFinite, RowStatus::kNonFinite,
-                                    RowStatus::kNonFinite, RowStatus::kRankDeficient,
-                                    RowStatus::kRunning};
+      const RowStatus expected[] = {
+          RowStatus::kRunning,   RowStatus::kNonFinite,     RowStatus::kNonFinite,
+          RowStatus::kNonFinite, RowStatus::kNonFinite,     RowStatus::kNonFinite,
+          RowStatus::kNonFinite, RowStatus::kRankDeficient, RowStatus::kRunning};
       for (std::size_t i = 0; i < 9; ++i) {
         EXPECT_EQ(RowStatus(bad.status[i]), expected[i]) << "l " << l << ", row " << i;
         // A bad row stays where it is, unless the point itself is what is bad.

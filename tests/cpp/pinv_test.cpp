@@ -38,7 +38,7 @@ bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
 // Allowed error of a row whose smallest orthogonal part is `part`.
 template <typename S>
 Real allowed(Real part, std::int64_t d) {
-  return Real(std::numeric_limits<S>::epsilon()) * (16 + std::sqrt(Real(d))) / part;
+  return Real(std::numeric_limits<S>::epsilon()) * (64 + std::sqrt(Real(d))) / part;
 }
 
 // Replaces row k by cos(angle) row 0 + sin(angle) v, where v is orthogonal to the rows before k.
@@ -133,7 +133,8 @@ TYPED_TEST(PinvTest, NearlyParallelRows) {
   const Real tolerance = Real(RankTolerance<S>::value);
   for (const int l : {2, 3, 5, 8}) {
     for (const std::int64_t d : {std::int64_t(l), std::int64_t(9), std::int64_t(784)}) {
-      for (const Real angle : {1e-1L, 1e-2L, 1e-3L, 1e-4L, 3e-5L, 1e-5L, 1e-6L, 1e-7L, 1e-8L, 1e-9L}) {
+      for (const Real angle :
+           {1e-1L, 1e-2L, 1e-3L, 1e-4L, 3e-5L, 1e-5L, 1e-6L, 1e-7L, 1e-8L, 1e-9L}) {
         for (const bool adjoint : {false, true}) {
           SCOPED_TRACE(testing::Message() << "l " << l << ", d " << d << ", angle " << angle
                                           << ", adjoint " << adjoint);
@@ -146,7 +147,7 @@ TYPED_TEST(PinvTest, NearlyParallelRows) {
             if (part > tolerance * 1.1L) {
               ASSERT_EQ(status, RowStatus::kConverged);
               const Real conditioned = std::min(part, Real(0.02L));  // the other rows' share
-              EXPECT_LE(p.error(i), allowed<S>(conditioned, d) + 1e-15L / (part * part));
+              EXPECT_LE(p.error(i), allowed<S>(conditioned, d));
             } else if (part < tolerance * 0.9L) {
               ASSERT_EQ(status, RowStatus::kRankDeficient);
               for (const Real x : p.result(i)) ASSERT_EQ(x, 0);
@@ -208,12 +209,31 @@ TYPED_TEST(PinvTest, DependentRowsAreNoticed) {
   }
 }
 
+// Two rows at a small angle span the plane as well as any: a third row in it is dependent. The Gram
+// matrix alone would show a pivot of eps / angle^2.
+TYPED_TEST(PinvTest, DependenceOnNearlyParallelRowsIsNoticed) {
+  using S = TypeParam;
+  reference::Random random(6);
+  for (const S angle : {S(1e-1), S(1e-2), S(1e-3), S(1e-4), S(2e-5)}) {
+    for (int repeat = 0; repeat < 50; ++repeat) {
+      Pinv<S> p(false, 1, 3, 2, unsigned(repeat));
+      const double turn = random();
+      for (const int k : {0, 1}) {
+        p.row(0, k)[0] = S(std::cos(turn + k * double(angle)));
+        p.row(0, k)[1] = S(std::sin(turn + k * double(angle)));
+      }
+      run(p);
+      EXPECT_EQ(RowStatus(p.status[0]), RowStatus::kRankDeficient) << "angle " << angle;
+    }
+  }
+}
+
 // J -> D J and r -> D r with D = diag(scales) is the same problem.
 TYPED_TEST(PinvTest, RowScalingDoesNotChangeTheResult) {
   using S = TypeParam;
-  const std::vector<S> scales = std::is_same_v<S, float>
-                                    ? std::vector<S>{S(1e-30), S(1e30), S(1e-36), S(1e36), S(1)}
-                                    : std::vector<S>{S(1e-300), S(1e300), S(1e-200), S(1e200), S(1)};
+  const std::vector<S> scales =
+      std::is_same_v<S, float> ? std::vector<S>{S(1e-30), S(1e30), S(1e-36), S(1e36), S(1)}
+                               : std::vector<S>{S(1e-300), S(1e300), S(1e-200), S(1e200), S(1)};
   for (const int l : {1, 2, 3, 8}) {
     for (const std::int64_t d : {std::int64_t(l), std::int64_t(40)}) {
       for (std::size_t shift = 0; shift < scales.size(); ++shift) {
@@ -244,10 +264,11 @@ TYPED_TEST(PinvTest, RowScalingDoesNotChangeTheResult) {
             }
             for (int k = 0; k < l; ++k) {
               const Real scale = scales[(std::size_t(k) + shift) % scales.size()];
-              if (std::abs(expected[std::size_t(k)]) > Real(std::numeric_limits<S>::max()) / 2) continue;
-              ASSERT_NEAR(result[std::size_t(k)] * scale, expected[std::size_t(k)] * scale,
-                          allowed<S>(part, d) * largest +
-                              scale * Real(std::numeric_limits<S>::min()) * 4);
+              if (std::abs(expected[std::size_t(k)]) > Real(std::numeric_limits<S>::max()) / 2)
+                continue;
+              ASSERT_NEAR(
+                  result[std::size_t(k)] * scale, expected[std::size_t(k)] * scale,
+                  allowed<S>(part, d) * largest + scale * Real(std::numeric_limits<S>::min()) * 4);
             }
           }
         }
@@ -315,10 +336,10 @@ TYPED_TEST(PinvTest, BadRowsAreMarkedAndLeaveOthersAlone) {
         std::fill_n(bad.row(6, l - 1), d, S(0));
         run(good);
         run(bad);
-        const RowStatus expected[] = {
-            RowStatus::kConverged, RowStatus::kNonFinite, RowStatus::kConverged,
-            RowStatus::kNonFinite, RowStatus::kNonFinite, RowStatus::kConverged,
-            RowStatus::kRankDeficient, RowStatus::kConverged};
+        const RowStatus expected[] = {RowStatus::kConverged,     RowStatus::kNonFinite,
+                                      RowStatus::kConverged,     RowStatus::kNonFinite,
+                                      RowStatus::kNonFinite,     RowStatus::kConverged,
+                                      RowStatus::kRankDeficient, RowStatus::kConverged};
         const std::size_t width = std::size_t(bad.output_width());
         for (std::size_t i = 0; i < 8; ++i) {
           EXPECT_EQ(RowStatus(bad.status[i]), expected[i]) << "l " << l << ", row " << i;

@@ -62,10 +62,11 @@ struct Pinv {
     if (adjoint) {
       Real shortest = std::numeric_limits<Real>::max();
       for (int k = 0; k < l; ++k) {
-        shortest = std::min(shortest,
-                            reference::norm(reference::widen(jacobian.data() + (i * l + k) * d, d)));
+        shortest = std::min(
+            shortest, reference::norm(reference::widen(jacobian.data() + (i * l + k) * d, d)));
       }
-      scale = std::max(scale, reference::norm(reference::widen(input.data() + i * d, d)) / shortest);
+      scale =
+          std::max(scale, reference::norm(reference::widen(input.data() + i * d, d)) / shortest);
     }
     return reference::relative_error(got, want) * reference::norm(want) / scale;
   }

@@ -72,7 +72,8 @@ struct Factor {
       Real sum = Real(x[k]);
       for (int m = 0; m < k; ++m) sum -= at(m, k) * z[std::size_t(m)];
       z[std::size_t(k)] = sum / at(k, k);
-      for (std::int64_t j = 0; j < d; ++j) y[std::size_t(j)] += z[std::size_t(k)] * q[std::size_t(k * d + j)];
+      for (std::int64_t j = 0; j < d; ++j)
+        y[std::size_t(j)] += z[std::size_t(k)] * q[std::size_t(k * d + j)];
     }
     return y;
   }

@@ -69,7 +69,7 @@ inline dim3 blockDim, gridDim;
 
 namespace emulation {
 
-enum class Order { forward, reverse, random };
+enum class Order { forward, reverse, random, warps };  // warps: each runs ahead as far as it can
 
 // Where in the kernel source a collective was called.
 struct Site {
@@ -509,8 +509,23 @@ class Engine {
         if (threads_[t].state != State::ready) continue;
         moved = true;
         resume(threads_[t]);
+        if (order == Order::warps) run_warp_ahead(t / warp_size * warp_size);
       }
       if (!moved) fail_deadlock();
+    }
+  }
+
+  // In the other orders a shuffle lets every warp catch up, which hides a barrier that is missing
+  // between a read of shared memory and the next write to it.
+  void run_warp_ahead(std::size_t first) {
+    const std::size_t last = std::min(first + warp_size, threads_.size());
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (std::size_t t = first; t < last; ++t) {
+        if (threads_[t].state != State::ready) continue;
+        moved = true;
+        resume(threads_[t]);
+      }
     }
   }
 
@@ -699,26 +714,29 @@ inline void set_order(Order order, unsigned seed = 1) {
 
 inline std::string order_name() {
   if (engine().order == Order::random) return "random:" + std::to_string(engine().seed);
+  if (engine().order == Order::warps) return "warps";
   return engine().order == Order::forward ? "forward" : "reverse";
 }
 
-// EMULATION_ORDER=forward | reverse | random | random:SEED, for programs that do not call
+// EMULATION_ORDER=forward | reverse | warps | random | random:SEED, for programs that do not call
 // set_order.
 inline void Engine::order_from_environment() {
   const char* wanted = std::getenv("EMULATION_ORDER");
   if (wanted == nullptr || std::strcmp(wanted, "forward") == 0) return;
   if (std::strcmp(wanted, "reverse") == 0) {
     order = Order::reverse;
+  } else if (std::strcmp(wanted, "warps") == 0) {
+    order = Order::warps;
   } else if (std::strncmp(wanted, "random", 6) == 0 && (wanted[6] == '\0' || wanted[6] == ':')) {
     order = Order::random;
     if (wanted[6] == ':') seed = static_cast<unsigned>(std::strtoul(wanted + 7, nullptr, 10));
   } else {
-    fail("EMULATION_ORDER=%s: expected forward, reverse, random or random:SEED", wanted);
+    fail("EMULATION_ORDER=%s: expected forward, reverse, warps, random or random:SEED", wanted);
   }
 }
 
-// Calls the function once per order: forward, reverse and `seeds` random ones. Whatever it checks
-// must hold in all of them.
+// Calls the function once per order: forward, reverse, warps and `seeds` random ones. Whatever it
+// checks must hold in all of them.
 template <class Function>
 void for_each_order(Function function, unsigned seeds = 3) {
   const Order order = engine().order;
@@ -726,6 +744,8 @@ void for_each_order(Function function, unsigned seeds = 3) {
   set_order(Order::forward);
   function();
   set_order(Order::reverse);
+  function();
+  set_order(Order::warps);
   function();
   for (unsigned s = 1; s <= seeds; ++s) {
     set_order(Order::random, s);

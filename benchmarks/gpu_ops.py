@@ -1,0 +1,262 @@
+"""Times the ops on a GPU, each checked against float64 first, and writes CSV and JSON.
+
+python benchmarks/gpu_ops.py --out FOLDER      rows.csv nearest.csv gpu_ops.json
+python benchmarks/gpu_ops.py --drive           every kernel once, for compute-sanitizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import levelset_ext as ls
+
+raw = torch.ops.levelset_ext
+TEAMS = {"thread": 1, "warp": 2, "block": 3}
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+COLUMNS = [2, 3, 8, 16, 32, 64, 128, 256, 784, 3072, 8192, 16384, 65536]
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
+    """Median and spread over CUDA events, after a warm-up. The cache is overwritten in between."""
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    for _ in range(5):
+        call()
+    begin = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    end = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    for i in range(repeats):
+        flush.zero_()
+        begin[i].record()
+        call()
+        end[i].record()
+    torch.cuda.synchronize()
+    times = sorted(b.elapsed_time(e) for b, e in zip(begin, end, strict=True))
+    return {
+        "median_ms": times[repeats // 2],
+        "p10_ms": times[repeats // 10],
+        "p90_ms": times[repeats * 9 // 10],
+    }
+
+
+def check(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
+    error = float((got.double() - expected).norm() / expected.norm())
+    if not error <= tolerance:
+        sys.exit(f"gpu_ops: {what}: relative error {error:.2e}, allowed {tolerance:.0e}")
+    return error
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device copy, reads and writes counted: what a kernel bound by memory can reach."""
+    x = torch.empty(256 << 20, dtype=torch.float32, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / milliseconds(lambda: y.copy_(x), 20)["median_ms"] / 1e6
+
+
+def row_calls(
+    jacobian: torch.Tensor,
+    residual: torch.Tensor,
+    points: torch.Tensor,
+    level: torch.Tensor,
+    team: int,
+) -> dict[str, Callable[[], torch.Tensor]]:
+    step = (None, None, None, 0.0, math.inf, team)
+    return {
+        "apply": lambda: raw.pinv_apply(jacobian, residual, team)[0],
+        "adjoint": lambda: raw.pinv_adjoint(jacobian, points, team)[0],
+        "update": lambda: raw.newton_update(points, residual, jacobian, level, *step)[0],
+    }
+
+
+def bench_rows(copy: float) -> list[dict[str, Any]]:
+    table = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for l in (1, 2, 4):  # noqa: E741
+            for d in COLUMNS:
+                if d < l or (dtype != torch.float32 and d not in (3, 784, 16384)):
+                    continue
+                n = max(256, min(1 << 20, (1 << 26) // (l * d)))
+                jacobian = torch.randn(n, l, d, device="cuda").to(dtype)
+                residual = torch.randn(n, l, device="cuda").to(dtype)
+                points = torch.randn(n, d, device="cuda").to(dtype)
+                level = torch.zeros(1, l, dtype=dtype, device="cuda")
+                # A few rows in float64; rows close to singular are left out of the comparison.
+                some = slice(0, 256)
+                inverse = torch.linalg.pinv(jacobian[some].double())
+                tame = (
+                    inverse.flatten(1).norm(dim=1) * jacobian[some].double().flatten(1).norm(dim=1)
+                ) < 50
+                y = (inverse @ residual[some].double()[:, :, None])[:, :, 0]
+                s = (inverse.mT @ points[some].double()[:, :, None])[:, :, 0]
+                number = jacobian.element_size()
+                sizes = {
+                    "apply": l * d + l + d,
+                    "adjoint": l * d + d + l,
+                    "update": l * d + l + 2 * d,
+                }
+                for name, team in TEAMS.items():
+                    if l > 2 and name != "warp":
+                        continue  # there the warp is the only team
+                    calls = row_calls(jacobian, residual, points, level, team)
+                    expected = {"apply": y, "adjoint": s, "update": points[some].double() - y}
+                    for op, call in calls.items():
+                        what = f"{op} {dtype} l={l} d={d} {name}"
+                        error = check(
+                            what, call()[some][tame], expected[op][tame], TOLERANCE[dtype]
+                        )
+                        # A thread that walks a long row takes long; fewer repeats tell as much.
+                        time = milliseconds(call, 20)
+                        gigabytes = n * (sizes[op] * number + 1) / 1e9
+                        rate = gigabytes / time["median_ms"] * 1e3
+                        table.append(
+                            {
+                                "op": op,
+                                "dtype": str(dtype).removeprefix("torch."),
+                                "l": l,
+                                "d": d,
+                                "n": n,
+                                "team": name,
+                                **time,
+                                "GB_per_s": rate,
+                                "share_of_copy": rate / copy,
+                                "relative_error": error,
+                            }
+                        )
+    return table
+
+
+def bench_nearest() -> list[dict[str, Any]]:
+    table = []
+    for dtype in (torch.float32, torch.float64):
+        for n, m in ((10_000, 170_000), (1_000, 170_000), (100_000, 170_000)):
+            x = torch.randn(n, 3, device="cuda").to(dtype)
+            cloud = torch.randn(m, 3, device="cuda").to(dtype)
+            distance = raw.nearest(x, cloud)[0]
+            difference = torch.cdist(
+                x[:64].double(), cloud.double(), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            error = check("nearest", distance[:64], difference.min(1).values, 1e-5)
+            time = milliseconds(lambda: raw.nearest(x, cloud), 20)  # noqa: B023
+            table.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "n": n,
+                    "m": m,
+                    "d": 3,
+                    **time,
+                    "billion_pairs_per_s": n * m / time["median_ms"] / 1e6,
+                    "relative_error": error,
+                }
+            )
+    return table
+
+
+def drive() -> None:
+    """Every kernel once on small inputs with bad rows among them."""
+    for dtype in DTYPES:
+        for l, d in ((1, 3), (2, 3), (3, 5), (1, 300), (2, 300), (8, 40)):  # noqa: E741
+            for team in (0, *TEAMS.values()):
+                n = 19
+                jacobian = torch.randn(n, l, d).to(dtype).cuda()
+                residual = torch.randn(n, l).to(dtype).cuda()
+                points = torch.randn(n, d).to(dtype).cuda()
+                jacobian[2], jacobian[4] = math.nan, 0.0
+                raw.pinv_apply(jacobian, residual, team)
+                raw.pinv_adjoint(jacobian, points, team)
+                level = torch.zeros(n, l, dtype=dtype, device="cuda")
+                box = torch.ones(d, dtype=dtype, device="cuda")
+                raw.newton_update(
+                    points, residual, jacobian, level, None, -box, box, 1e-3, 0.5, team
+                )
+                status = torch.ones(n, dtype=torch.int8, device="cuda")
+                index = torch.arange(n, device="cuda").flip(0).contiguous()
+                raw.newton_update_(
+                    points, status, residual, jacobian, level, index, None, None, 0.0, 0.5, team
+                )
+    for dtype in (torch.float32, torch.float64):
+        for n, m, d in ((300, 5000, 3), (5, 600, 2), (40, 30, 5)):
+            raw.nearest(torch.randn(n, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda())
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+def environment(copy: float) -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,power.limit",
+        "--format=csv,noheader",
+    ]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        **ls.build_info(),
+        "device": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "memory_bytes": device.total_memory,
+        "driver_clock_power": driver,
+        "python": platform.python_version(),
+        "copy_GB_per_s": copy,
+    }
+
+
+def write(path: Path, table: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        for row in table:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def switch_points(table: list[dict[str, Any]]) -> list[str]:
+    """The fastest team for every op, l and d in float32: what choose_team should pick."""
+    lines = []
+    keys = sorted({(r["op"], r["l"], r["d"]) for r in table if r["dtype"] == "float32"})
+    for op, l, d in keys:  # noqa: E741
+        rows = [r for r in table if (r["op"], r["l"], r["d"], r["dtype"]) == (op, l, d, "float32")]
+        rows.sort(key=lambda r: r["median_ms"])
+        times = "  ".join(f"{r['team']} {r['median_ms']:.4f}" for r in rows)
+        lines.append(f"{op:8} l={l} d={d:<6} {times}  ms, {rows[0]['share_of_copy']:.0%} of copy")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
+    parser.add_argument("--drive", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_ops: no CUDA device is visible to torch", file=sys.stderr)
+        return 3
+    torch.manual_seed(0)
+    if arguments.drive:
+        drive()
+        return 0
+    copy = copy_bandwidth()
+    rows, nearest = bench_rows(copy), bench_nearest()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write(arguments.out / "rows.csv", rows)
+    write(arguments.out / "nearest.csv", nearest)
+    result = {"environment": environment(copy), "rows": rows, "nearest": nearest}
+    (arguments.out / "gpu_ops.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(switch_points(rows)))
+    for row in nearest:
+        print(f"nearest {row['dtype']} {row['n']} x {row['m']}: {row['median_ms']:.3f} ms")
+    print(f"device copy: {copy:.0f} GB/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""Projected gradient ascent on a loss of the logits, in a ball around the image and the box [0, 1].
+
+One step is one forward, one backward to the input and a handful of element-wise operations; the
+logits of the forward also tell which rows are broken by now. A row whose margin is not positive at
+some iterate is broken for good: that iterate is its adversarial example, and the row leaves the
+batch. So no time is spent on rows that are decided, and a row counts that a later step would have
+carried back over the boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from levelset_ext.attacks.prepare import (
+    LogitsFunction,
+    attack_copy,
+    check_batch,
+    check_classes,
+    input_gradient,
+    outside_inference_mode,
+    per_row,
+    random_start,
+)
+from levelset_ext.margin import margin, targeted_margin
+
+__all__ = ["OBJECTIVES", "Attacked", "multi_targeted", "pgd"]
+
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _xent(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    return functional.cross_entropy(logits, y, reduction="none")
+
+
+def _margin(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    return -margin(logits, y, check=False)
+
+
+def _rescaled_xent(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    # Where the margin is large, 1 - softmax vanishes in floating point and the gradient with it.
+    # Divided by its own margin, every row looks at its rivals from a distance of 1.
+    scale = margin(logits.detach(), y, check=False).abs().clamp_min(1.0)
+    return functional.cross_entropy(logits / scale[:, None], y, reduction="none")
+
+
+def _targeted(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    assert targets is not None
+    return -targeted_margin(logits, y, targets)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "xent": _xent,
+    "margin": _margin,
+    "rescaled-xent": _rescaled_xent,
+    "targeted": _targeted,
+}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack did to n images.
+
+    Attributes:
+        adversarial: (n, *event) in [0, 1] and in the ball: the first point found at which the row
+            is broken; for the others the last iterate of the last restart.
+        success: (n,) bool, whether the row is broken (margin not positive) there.
+        step: (n,) int64, after how many steps it broke (0: at the start itself); -1 where it
+            did not.
+        restart: (n,) int64, in which restart, or for the multi-targeted attack in which of its
+            runs; -1 where it did not.
+    """
+
+    adversarial: Tensor
+    success: Tensor
+    step: Tensor
+    restart: Tensor
+
+
+@outside_inference_mode
+def pgd(
+    model: LogitsFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    objective: str = "margin",
+    eps: float,
+    step: float,
+    iters: int,
+    restarts: int = 1,
+    seed: int = 0,
+    norm: str = "linf",
+    targets: Tensor | None = None,
+    start: Tensor | None = None,
+    random: bool = True,
+    early_stop: bool = True,
+    rows: Sequence[int] | None = None,
+    binary: bool = False,
+) -> Attacked:
+    """PGD with random starts, on all n rows as one batch.
+
+    L_inf: delta <- clip(delta + step sign(g), -eps, eps); L2: delta <- (delta + step g / |g|),
+    scaled back to length eps where it is longer. Then x + delta is clipped to [0, 1]. A row
+    without a gradient (zero or NaN) stays where it is for the step.
+
+    Args:
+        model: module or callable, (n, *event) -> logits (n, K). Nothing about it changes.
+        x: (n, *event) in [0, 1].
+        y: (n,) integers.
+        objective: what is increased, one of :data:`OBJECTIVES`: "xent", cross entropy; "margin",
+            -F^y; "rescaled-xent", cross entropy of the logits divided by max(1, |F^y|) of the row;
+            "targeted", f_t - f_y with t from ``targets``.
+        eps: radius of the ball. step: length of a step. iters: steps per restart.
+        restarts: how many starts; a row leaves at the first one that breaks it.
+        seed: of the random starts, see :func:`levelset_ext.attacks.prepare.random_start`.
+        norm: "linf" or "l2".
+        targets: (n,) int64, for "targeted" only.
+        start: (n, *event) points to start the first restart from, instead of a random one.
+        random: False starts at x itself (one restart is then all there is).
+        early_stop: False keeps every row in the batch for all steps and judges its last iterate
+            alone, as most libraries do.
+        rows: numbers of the rows in their data set, for the random starts; 0 ... n - 1 if left out.
+        binary: the network has one logit; labels 0 and 1, or -1 and 1.
+
+    Raises:
+        ValueError: labels out of range, images outside [0, 1], weights or logits at x that are not
+            finite, a network with one class, shapes that do not belong together.
+    """
+    settings = Settings(eps, step, iters, restarts, seed, norm)
+    y = check_batch(x, y, norm, eps=eps, step=step, iters=iters, restarts=restarts)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if (targets is None) == (objective == "targeted"):
+        raise ValueError(
+            "targets: expected (n,) classes for the objective 'targeted', and only there"
+        )
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start: expected shape {tuple(x.shape)}, got {tuple(start.shape)}")
+    logits = attack_copy(model, binary=binary)
+    x, y, clean = _clean_pass(logits, x, y, binary)
+    if targets is not None:
+        targets = check_classes(clean, check_batch(x, targets, norm), False)
+    return run_pgd(
+        logits,
+        x,
+        y,
+        objective,
+        settings,
+        _numbers(rows, x),
+        targets=targets,
+        start=start,
+        random=random,
+        early_stop=early_stop,
+    )
+
+
+@outside_inference_mode
+def multi_targeted(
+    model: LogitsFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step: float,
+    iters: int,
+    restarts: int = 1,
+    seed: int = 0,
+    norm: str = "linf",
+    rows: Sequence[int] | None = None,
+    binary: bool = False,
+) -> Attacked:
+    """One targeted PGD per wrong class on f_t - f_y, each on the rows the runs before it left over.
+
+    Stronger than the margin, whose largest wrong class draws the whole path although another one
+    may be closer to winning inside the ball. Every row takes its classes in the order of their
+    logits at x, the likeliest first, which decides only how early a row leaves.
+
+    Arguments and errors as for :func:`pgd`. ``restart`` of the result counts runs: run = restart x
+    (K - 1) + rank of the class.
+    """
+    settings = Settings(eps, step, iters, restarts, seed, norm)
+    y = check_batch(x, y, norm, eps=eps, step=step, iters=iters, restarts=restarts)
+    logits = attack_copy(model, binary=binary)
+    x, y, clean = _clean_pass(logits, x, y, binary)
+    return run_multi_targeted(logits, x, y, clean, settings, _numbers(rows, x))
+
+
+# --- the same with everything checked and prepared ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a PGD attack, see :func:`pgd`."""
+
+    eps: float
+    step: float
+    iters: int
+    restarts: int = 1
+    seed: int = 0
+    norm: str = "linf"
+
+
+def _numbers(rows: Sequence[int] | None, x: Tensor) -> Sequence[int]:
+    if rows is None:
+        return range(len(x))
+    if len(rows) != len(x):
+        raise ValueError(f"rows: expected {len(x)} numbers, got {len(rows)}")
+    return rows
+
+
+def _clean_pass(
+    logits: LogitsFunction, x: Tensor, y: Tensor, binary: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x detached, the labels as 0 ... K - 1, and the logits at x, which must be finite."""
+    x = x.detach()
+    with torch.no_grad():
+        clean = logits(x.clone())
+    y = check_classes(clean, y, binary)
+    check_finite(clean)
+    return x, y, clean
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises ValueError unless all logits (n, K) are finite."""
+    bad = int((~torch.isfinite(logits).all(1)).sum())
+    if bad:
+        raise ValueError(
+            f"model: expected finite logits at x, got NaN or inf in {bad} of {len(logits)} rows"
+        )
+
+
+def run_pgd(
+    logits: LogitsFunction,
+    x: Tensor,
+    y: Tensor,
+    objective: str,
+    settings: Settings,
+    rows: Sequence[int],
+    *,
+    targets: Tensor | None = None,
+    start: Tensor | None = None,
+    random: bool = True,
+    early_stop: bool = True,
+) -> Attacked:
+    """:func:`pgd` on a prepared network. A restart sees the rows that all before it left over."""
+    result = _untouched(x)
+    left = torch.arange(len(x), device=x.device)
+    for restart in range(settings.restarts if random else 1):
+        if len(left) == 0:
+            break
+        some = x[left]
+        if restart == 0 and start is not None:
+            delta = start.detach().to(some)[left] - some
+        elif random:
+            delta = _offsets(some, left, rows, settings, restart)
+        else:
+            delta = torch.zeros_like(some)
+        aims = None if targets is None else targets[left]
+        point, at = _ascend(
+            logits, some, y[left], delta, OBJECTIVES[objective], settings, aims, early_stop
+        )
+        _note(result, left, point, at, restart)
+        left = left[at < 0]
+    return result
+
+
+def run_multi_targeted(
+    logits: LogitsFunction,
+    x: Tensor,
+    y: Tensor,
+    clean: Tensor,
+    settings: Settings,
+    rows: Sequence[int],
+) -> Attacked:
+    """:func:`multi_targeted` on a prepared network whose logits at x are ``clean``, (n, K)."""
+    order = clean.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)
+    wrong = order.shape[1] - 1
+    result = _untouched(x)
+    left = torch.arange(len(x), device=x.device)
+    for run in range(settings.restarts * wrong):
+        if len(left) == 0:
+            break
+        some = x[left]
+        delta = _offsets(some, left, rows, settings, run)
+        aims = order[left, run % wrong]
+        point, at = _ascend(logits, some, y[left], delta, _targeted, settings, aims, True)
+        _note(result, left, point, at, run)
+        left = left[at < 0]
+    return result
+
+
+def _offsets(
+    x: Tensor, left: Tensor, rows: Sequence[int], settings: Settings, restart: int
+) -> Tensor:
+    numbers = [rows[i] for i in left.tolist()]
+    return random_start(
+        x.shape[1:],
+        numbers,
+        seed=settings.seed,
+        restart=restart,
+        norm=settings.norm,
+        eps=settings.eps,
+    ).to(x)
+
+
+def _untouched(x: Tensor) -> Attacked:
+    never = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    return Attacked(x.clone(), success, never, never.clone())
+
+
+def _note(result: Attacked, left: Tensor, point: Tensor, at: Tensor, run: int) -> None:
+    """Writes what one run did to the rows ``left`` into the result of all runs."""
+    result.adversarial[left] = point
+    broken = left[at >= 0]
+    result.success[broken] = True
+    result.step[broken] = at[at >= 0]
+    result.restart[broken] = run
+
+
+def _ascend(
+    logits: LogitsFunction,
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor,
+    objective: Objective,
+    settings: Settings,
+    targets: Tensor | None,
+    early_stop: bool,
+) -> tuple[Tensor, Tensor]:
+    """One run from the offsets ``delta``: the points (n, *event), and the step at which each row
+    broke, (n,) int64, -1 where it did not."""
+    points = x.clone()
+    broke = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    here = torch.arange(len(x), device=x.device)  # where in the result the rows of the batch are
+    delta = (x + delta).clamp_(0, 1).sub_(x)
+    for t in range(settings.iters):
+        with torch.enable_grad():
+            delta.requires_grad_()
+            out = logits(x + delta)
+            gradient = input_gradient(objective(out, y, targets), delta)
+        delta = delta.detach()
+        if early_stop:
+            right = margin(out.detach(), y, check=False) > 0  # NaN is not right either
+            if not bool(right.all()):
+                wrong = ~right
+                points[here[wrong]] = (x[wrong] + delta[wrong]).clamp_(0, 1)
+                broke[here[wrong]] = t
+                x, y, here = x[right], y[right], here[right]
+                delta, gradient = delta[right], gradient[right]
+                targets = None if targets is None else targets[right]
+                if len(x) == 0:
+                    return points, broke
+        delta = _moved(x, delta, gradient, settings)
+    last = (x + delta).clamp_(0, 1)
+    with torch.no_grad():
+        wrong = ~(margin(logits(last.clone()), y, check=False) > 0)
+    points[here] = last
+    broke[here[wrong]] = settings.iters
+    return points, broke
+
+
+def _moved(x: Tensor, delta: Tensor, gradient: Tensor, settings: Settings) -> Tensor:
+    """The offsets after one step."""
+    eps, step = settings.eps, settings.step
+    if settings.norm == "linf":
+        # sign(NaN) is 0.
+        delta = torch.sign(gradient).mul_(step).add_(delta).clamp_(-eps, eps)
+    else:
+        gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        # By the largest entry first: squares of tiny or huge gradients leave the range of float32.
+        largest = gradient.flatten(1).abs().amax(1)
+        gradient = gradient / per_row(torch.where(largest > 0, largest, 1.0), gradient)
+        size = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-30)
+        delta = delta + gradient * per_row(step / size, gradient)
+        size = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        delta = delta * per_row(torch.where(size > eps, eps / size, 1.0), delta)
+    return (x + delta).clamp_(0, 1).sub_(x)

@@ -1,0 +1,98 @@
+#!/bin/sh
+# Plants one fault at a time in a copy of the kernels and expects the tests to notice it: to fail, or to
+# be ended by the emulator. Usage: mutation_test.sh [CXX]
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../../.." && pwd)
+cxx=${1:-g++}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# Shared code without sanitizers: the faults planted here show in the results.
+compile() {  # compile SOURCE_TREE FILE OBJECT
+  "$cxx" -std=c++20 -O0 -fno-extern-tls-init -w -I "$here/include" -I "$here" -I "$root/tests/cpp" \
+    -I "$1" -x c++ -c "$2" -o "$3"
+}
+link_test() {  # link_test OBJECT... PROGRAM comes first
+  program=$1
+  shift
+  "$cxx" "$@" -lgtest -lgtest_main -lpthread -o "$program"
+}
+
+compile "$root/csrc" "$here/rows_test.cpp" "$work/rows_test.o" &
+compile "$root/csrc" "$root/csrc/cuda/pinv_adjoint.cu" "$work/pinv_adjoint.o"
+wait
+compile "$root/csrc" "$root/csrc/cuda/pinv_apply.cu" "$work/pinv_apply.o" &
+compile "$root/csrc" "$root/csrc/cuda/newton_update.cu" "$work/newton_update.o"
+wait
+compile "$root/csrc" "$here/nearest_test.cpp" "$work/nearest_test.o"
+compile "$root/csrc" "$root/csrc/cuda/nearest.cu" "$work/nearest.o"
+
+rows_objects="rows_test pinv_apply pinv_adjoint newton_update"
+nearest_objects="nearest_test nearest"
+rows_filter='EmulatedRows/0.Adjoint*:EmulatedRows/0.Bad*'
+nearest_filter='EmulatedNearest/0.*'
+failed=0
+
+# mutate WHAT FILE SED: FILE is below csrc; the unit that is compiled again follows from it.
+mutate() {
+  rm -rf "$work/csrc"
+  cp -r "$root/csrc" "$work/csrc"
+  if [ -n "$3" ]; then
+    sed -i -E "$3" "$work/csrc/$2"
+    if cmp -s "$root/csrc/$2" "$work/csrc/$2"; then
+      echo "FAILED: $1: the pattern does not match $2 any more"
+      failed=1
+      return
+    fi
+  fi
+  case $2 in
+    cuda/nearest.cu) unit=nearest objects=$nearest_objects filter=$nearest_filter ;;
+    *) unit=pinv_adjoint objects=$rows_objects filter=$rows_filter ;;
+  esac
+  compile "$work/csrc" "$work/csrc/cuda/$unit.cu" "$work/mutant.o"
+  # First, as of an inline function that several objects have the linker takes the first.
+  list="$work/mutant.o"
+  for object in $objects; do
+    [ "$object" = "$unit" ] || list="$list $work/$object.o"
+  done
+  # shellcheck disable=SC2086  # the list is meant to be split
+  link_test "$work/program" $list
+  if timeout 120 "$work/program" --gtest_filter="$filter" --gtest_brief=1 >"$work/log" 2>&1; then
+    verdict=passes
+  else
+    verdict=fails
+  fi
+  expected=fails
+  [ -n "$3" ] || expected=passes
+  if [ "$verdict" = "$expected" ]; then
+    echo "ok: $1: the test $verdict"
+  else
+    echo "FAILED: $1: the test $verdict"
+    [ "$expected" = fails ] || tail -20 "$work/log"
+    failed=1
+  fi
+}
+
+mutate "row kernels as they are" cuda/team.cuh ""
+mutate "nearest kernels as they are" cuda/nearest.cu ""
+mutate "no barrier before the block's partial results are read" cuda/team.cuh \
+  '0,/__syncthreads\(\);/s/__syncthreads\(\);//'
+mutate "no barrier before shared memory is used again" cuda/team.cuh \
+  '/The next reduction may use/{n;s/__syncthreads\(\);//}'
+mutate "half of the warp is left out of the reduction" cuda/team.cuh \
+  's/offset = kWarpSize \/ 2/offset = kWarpSize \/ 4/'
+mutate "the last warp is left out of the block's result" cuda/team.cuh \
+  's/w < kWarps/w < kWarps - 1/'
+mutate "a warp strides as a block" cuda/team.cuh \
+  '0,/j \+= kWarpSize/s/j \+= kWarpSize/j += 2 * kWarpSize/'
+mutate "rows of the last partial block are left out" cuda/rows.cuh \
+  's/\(p\.rows \+ kRowThreads - 1\)/p.rows/'
+mutate "ties go to the largest index" cuda/nearest.cu 's/candidate < distance/candidate <= distance/'
+mutate "no barrier after the tile is filled" cuda/nearest.cu '0,/__syncthreads\(\);/s/__syncthreads\(\);//'
+mutate "no barrier before the tile is filled again" cuda/nearest.cu \
+  '1,/^    __syncthreads\(\);$/!{0,/^    __syncthreads\(\);$/s/^    __syncthreads\(\);$//}'
+mutate "parts of the cloud overlap by nothing but their last point" cuda/nearest.cu \
+  's/min\(first \+ part, p\.cloud_size\)/min(first + part - 1, p.cloud_size)/'
+exit $failed

@@ -1,0 +1,220 @@
+"""``levelset-ext attack``: its files, its JSON, going on after an interruption, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import levelset_ext.recipes.attack as recipe
+from levelset_ext.cli import main
+from levelset_ext.networks import build
+from levelset_ext.recipes.classifiers import load_classifier, save_classifier
+
+FILES = ["adversarial.npz", "config.json", "examples.csv", "metrics.json"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    network = build("convnet-2a", shape=(1, 8, 8))
+    with torch.no_grad():  # else it says the same of every image
+        network.classifier[-1].bias -= network(torch.rand(100, 1, 8, 8)).mean(0)
+    save_classifier(tmp_path / "net.pt", network)
+    return str(tmp_path / "net.pt")
+
+
+@pytest.fixture
+def data(tmp_path: Path, checkpoint: str) -> str:
+    """MNIST-like files of 8 x 8 images, labelled by the network itself but for the first two."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    with torch.no_grad():
+        logits = load_classifier(checkpoint)(torch.from_numpy(images).float()[:, None] / 255)
+    labels = logits.argmax(1).numpy().astype(np.uint8)
+    labels[:2] = (labels[:2] + 1) % 10
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+        (folder / f"t10k-{name}-ubyte").write_bytes(head + array.tobytes())
+    return str(folder)
+
+
+def command(checkpoint: str, data: str, *more: str) -> list[str]:
+    return [
+        "attack", checkpoint, "--data", data, "--attack", "pgd-xent,pgd-margin-3", "--eps", "0.02",
+        "--step", "0.01", "--iters", "4", "--batch", "6", *more,
+    ]  # fmt: skip
+
+
+def test_json_and_files(
+    checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(command(checkpoint, data, "--out", str(out))) == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert printed == json.loads((out / "metrics.json").read_text())
+    assert "row 20/20" in captured.err
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert printed["rows"] == 20
+    assert printed["clean_accuracy"] == 0.9
+    assert [a["name"] for a in printed["attacks"]] == ["pgd-xent", "pgd-margin-3"]
+    assert [a["iters"] for a in printed["attacks"]] == [4, 3]
+    assert printed["attacks"][0]["attacked"] == 18
+    assert printed["robust_accuracy"] == printed["attacks"][1]["robust_accuracy_after"]
+    assert isinstance(printed["alarms"], list)
+
+    with (out / "examples.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["outcome"] for row in rows[:2]] == ["wrong before"] * 2
+    standing = sum(row["outcome"] == "stands" for row in rows)
+    assert standing == round(20 * printed["robust_accuracy"])
+    assert 0 < standing < 18
+    stored = np.load(out / "adversarial.npz")
+    assert stored["adversarial"].shape == (20, 1, 8, 8)
+    assert int((~stored["success"]).sum()) == standing
+
+
+def test_goes_on_where_it_was_interrupted(
+    checkpoint: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command(checkpoint, data, "--out", str(whole))) == 0
+
+    evaluate, calls = recipe.evaluate, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["first_row"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "evaluate", interrupted)
+    assert main(command(checkpoint, data, "--out", str(cut))) == 130
+    assert not (cut / "metrics.json").exists()
+    (cut / "parts" / "000001.npz").write_bytes(b"damaged")
+    assert main(command(checkpoint, data, "--out", str(cut), "--resume")) == 0
+    assert calls == [0, 6, 12, 6, 12, 18]  # the first batch is read, the damaged one is redone
+    for name in ("config.json", "examples.csv", "adversarial.npz"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+    kept = {p.name: p.stat().st_mtime_ns for p in cut.iterdir()}
+    assert main(command(checkpoint, data, "--out", str(cut), "--resume")) == 0
+    assert kept == {p.name: p.stat().st_mtime_ns for p in cut.iterdir()}
+    assert len(calls) == 6
+
+
+def test_resume_refuses_another_run(
+    checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(command(checkpoint, data, "--out", out)) == 0
+    assert main(command(checkpoint, data, "--out", out, "--resume", "--seed", "3")) == 2
+    assert "got other seed" in capsys.readouterr().err
+    save_classifier(checkpoint, build("convnet-2a", shape=(1, 8, 8)))
+    assert main(command(checkpoint, data, "--out", out, "--resume")) == 2
+    assert "got other model" in capsys.readouterr().err
+    assert main(command(checkpoint, data, "--out", str(tmp_path / "new"), "--resume")) == 0
+
+
+def test_any_factory_black_box_and_digits(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    network = build("convnet-2a", shape=(1, 8, 8))
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    arguments = [
+        "attack", "--model", "levelset_ext.networks:build", "--weights", str(tmp_path / "w.pt"),
+        "--model-options", '{"name": "convnet-2a", "shape": [1, 8, 8]}', "--limit", "40",
+        "--source", checkpoint, "--attack", "transfer-xent,pgd-margin", "--iters", "2", "--each",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == 40
+    assert printed["settings"]["eps"] == 0.3
+    alone = [a["robust_accuracy_alone"] for a in printed["attacks"]]
+    assert printed["robust_accuracy"] <= min(alone)
+    assert all(a["attacked"] == round(40 * printed["clean_accuracy"]) for a in printed["attacks"])
+
+
+def test_binary_checkpoint_with_merged_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    path = str(tmp_path / "binary.pt")
+    save_classifier(path, build("convnet-2a", 1, (1, 8, 8)))
+    assert main(["attack", path, "--merge-labels", "2", "--limit", "30", "--iters", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["binary"] is True
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--attack", "fgsm"], "attack: expected one of"),
+        (["--attack", "transfer"], "source: expected a network"),
+        (["--eps", "-1"], "eps: expected a finite number >= 0, got -1"),
+        (["--eps", "nan"], "eps: expected a finite number"),
+        (["--eps", "x"], "argument --eps: invalid float"),
+        (["--batch", "0"], "batch: expected at least 1"),
+        (["--restarts", "0"], "restarts: expected at least 1"),
+        (["--limit", "0"], "limit: expected at least 1"),
+        (["--norm", "l7"], "norm: expected one of linf, l2"),
+        (["--device", "abacus"], "device: expected cpu or"),
+        (["--split", "all"], "split: expected one of"),
+        (["--data", "nowhere"], "nowhere: expected a folder with images"),
+        (["--model", "a:b"], "expected CHECKPOINT or --model, got both"),
+        (["--source", "nowhere.pt"], "nowhere.pt"),
+        (["--resume"], "resume: expected --out"),
+        (["--merge-labels", "11"], "merge-labels: expected 1 to 10"),
+    ],
+)
+def test_bad_input(
+    checkpoint: str,
+    data: str,
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = [] if more == ["--resume"] else ["--out", str(tmp_path / "out")]
+    try:
+        status = main(command(checkpoint, data, *out, *more))
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert re.search(message, captured.err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_networks_and_data(
+    checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def refused(*arguments: str) -> str:
+        assert main(["attack", *arguments, "--data", data, "--out", str(out)]) == 2
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    assert "expected CHECKPOINT or --model, got neither" in refused()
+    assert "model-options: expected a JSON object" in refused(
+        "--model", "a:b", "--model-options", "["
+    )
+    network = build("convnet-2a", shape=(1, 8, 8))
+    with torch.no_grad():
+        network.classifier[1].weight[0, 0] = float("nan")
+    save_classifier(checkpoint, network)
+    assert "expected finite weights, got NaN or inf in classifier.1.weight" in refused(checkpoint)
+    save_classifier(checkpoint, build("convnet-2a"))
+    assert "x: expected images (n, 1, 28, 28), got shape (1, 1, 8, 8)" in refused(checkpoint)
+    save_classifier(checkpoint, build("convnet-2a", 3, (1, 8, 8)))
+    assert "y: expected values in 0 ... 2 for 3 classes" in refused(checkpoint)
