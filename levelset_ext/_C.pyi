@@ -7,4 +7,8 @@ max_outputs: int
 rank_tolerance_float32: float
 rank_tolerance_float64: float
 status_codes: dict[str, int]
+bracket_variants: dict[str, int]
+bracket_columns: int
+bracket_at: int
+bracket_value: int
 build: dict[str, Any]

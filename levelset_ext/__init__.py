@@ -7,12 +7,18 @@ After "Controlling Neural Level Sets" (Atzmon et al., NeurIPS 2019); equation nu
 package are that paper's.
 """
 
-from levelset_ext import losses, networks, ops
+import importlib
+from types import ModuleType
+
+# First, as it is the one that explains a compiled module that is missing or does not fit.
 from levelset_ext._load import build_info
+
+# isort: split
+from levelset_ext import losses, networks, ops
 from levelset_ext.field import value_and_jacobian
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.sample_network import SampleNetwork, sample_network
-from levelset_ext.samplers import false_position, level_points, project
+from levelset_ext.samplers import false_position, find_boundary, level_points, project
 
 __version__ = build_info()["version"]
 
@@ -20,8 +26,11 @@ __all__ = [
     "LevelSetResult",
     "SampleNetwork",
     "Status",
+    "attacks",
     "build_info",
     "false_position",
+    "find_boundary",
+    "geometry",
     "level_points",
     "losses",
     "networks",
@@ -30,3 +39,12 @@ __all__ = [
     "sample_network",
     "value_and_jacobian",
 ]
+
+# Imported when first used: they bring in libraries that the rest does without.
+_LATER = ("attacks", "geometry")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ import torch
 
 from levelset_ext._load import build_info
 from levelset_ext.errors import InputError
+from levelset_ext.recipes.attack import add_attack_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +116,8 @@ def _parser() -> _Parser:
     one.add_argument("--samples", type=int, default=30_000, help="points drawn from each surface")
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=_compare)
+
+    add_attack_command(commands)
 
     one = commands.add_parser("info", help="versions, compiler, CUDA and devices, as JSON")
     one.set_defaults(run=_info)

@@ -1,4 +1,4 @@
-"""Level-set samples in a training step: make the zero level set of a network pass through a circle."""
+"""Level-set samples in a training step: the zero level set of a network becomes a circle."""
 
 import torch
 

@@ -17,7 +17,9 @@ def classifier(d=6, classes=4, scale=6.0, seed=0):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(d, 32), nn.ReLU(), nn.Linear(32, classes)).double()
     with torch.no_grad():
-        net[0].weight *= scale  # many pieces inside of the unit cube
+        net[0].weight *= scale
+        net[0].bias -= net[0].weight.sum(1) / 2  # kinks through the middle of the unit cube
+        net[2].bias -= net(torch.rand(2000, d).double()).mean(0)  # no class dominates
     return net
 
 
@@ -120,8 +122,9 @@ def test_step_scale_and_per_row_settings():
     steps = torch.tensor([0.001, 0.04, 0.04])
     assert find_boundary(field, x, y, 0.4, 0.4, steps, **few).rows.tolist() == [1, 2]
     # Two steps; and none, where only the random start can have crossed.
-    assert find_boundary(field, x, y, 0.4, 0.4, 0.02, iters=2, random_start=False).rows.tolist() == [0, 1, 2]  # fmt: skip
-    assert find_boundary(field, x, y, 0.4, 0.4, 0.02, iters=0, random_start=False).rows.tolist() == []  # fmt: skip
+    two, none = few | {"iters": 2}, few | {"iters": 0}
+    assert find_boundary(field, x, y, 0.4, 0.4, 0.02, **two).rows.tolist() == [0, 1, 2]
+    assert find_boundary(field, x, y, 0.4, 0.4, 0.02, **none).rows.tolist() == []
     assert len(find_boundary(field, x, y, 0.4, 0.4, 0.02, iters=0, generator=seeded(3))) > 0
 
 

@@ -12,7 +12,14 @@ import torch
 import levelset_ext as ls
 
 ROOT = Path(__file__).resolve().parents[1]
-KNOWN = {"pinv_apply", "pinv_adjoint", "newton_update", "newton_update_", "nearest"}
+KNOWN = {
+    "pinv_apply",
+    "pinv_adjoint",
+    "newton_update",
+    "newton_update_",
+    "nearest",
+    "bracket_update_",
+}
 OPS = sorted(
     name.split("::")[1]
     for name in torch._C._dispatch_get_all_op_names()

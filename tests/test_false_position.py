@@ -32,7 +32,7 @@ SMOOTH = {
     "cosine": (lambda x: torch.cos(x) - x, lambda x: mpmath.cos(x) - x, 0, 1),
     "exp": (lambda x: torch.exp(x) - 2 - x, lambda x: mpmath.exp(x) - 2 - x, 0.5, 2),
     "log": (lambda x: torch.log(x) - 0.3, lambda x: mpmath.log(x) - mpmath.mpf(0.3), 0.2, 4),
-    "tanh": (lambda x: torch.tanh(3 * x) + 0.2, lambda x: mpmath.tanh(3 * x) + mpmath.mpf(0.2), -2, 1),
+    "tanh": (lambda x: torch.tanh(3 * x) + 0.2, lambda x: mpmath.tanh(3 * x) + 0.2, -2, 1),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Eq. 11 and Eq. 12: against the linear SVM, against formulas by hand, and where there is nothing."""
+"""Eq. 11 and Eq. 12: against the linear SVM, against formulas by hand, and without any point."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_training_ends_at_the_boundary_of_scikit_learn():
     net = Linear([0.5, -0.2], 0.1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     mean = [torch.zeros_like(p) for p in net.parameters()]
-    steps, tail = 3000, 1000
+    steps, tail = 1500, 500
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 0.2 / (1 + 0.02 * step)  # the hinge has a kink at its minimum
@@ -256,7 +256,7 @@ def test_a_step_pushes_the_boundary_from_correct_and_over_wrong_examples():
 
 
 def test_rho_is_at_most_linf():
-    net, x, y, samples = affine_case(n=30)
+    _, x, _, samples = affine_case(n=30)
     rho, linf, l2, l1 = (
         boundary_distance(x[samples.rows], samples.result.points, samples.result, d)
         for d in ("rho", "linf", "l2", "l1")

@@ -8,8 +8,8 @@ namespace levelset {
 // Largest number of network outputs l. One thread holds the l x l factorisation.
 constexpr int kMaxOutputs = 8;
 
-// Template argument of the row math for l > 2, where l is a run-time number; l = 1 and l = 2 have code
-// of their own.
+// Template argument of the row math for l > 2, where l is a run-time number; l = 1 and l = 2 have
+// code of their own.
 constexpr int kAnyOutputs = 0;
 
 // Row k of D_xF counts as dependent on the rows before it when the part of it orthogonal to them is
@@ -23,7 +23,7 @@ struct RankTolerance<float> {
 };
 template <>
 struct RankTolerance<double> {
-  static constexpr double value = 9.5367431640625e-7;  // 2^-20: pivots of the Gram matrix keep 4 digits
+  static constexpr double value = 9.5367431640625e-7;  // 2^-20: half of the digits are left
 };
 
 template <typename T>

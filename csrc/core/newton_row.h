@@ -6,8 +6,8 @@
 
 namespace levelset {
 
-// Moves one point and returns its new status. The values and the Jacobian belong to the point as it came
-// in, so a row that is already within tol is left where it is.
+// Moves one point and returns its new status. The values and the Jacobian belong to the point as it
+// came in, so a row that is already within tol is left where it is.
 template <typename S, typename A, int L, typename Team, typename Columns>
 LEVELSET_HD RowStatus newton_row(const Team& team, const NewtonParams<S>& p, std::int64_t row,
                                  std::int64_t point_row, Columns d) {
@@ -68,16 +68,15 @@ template <typename S, typename A, int L, typename Team, typename Columns>
 LEVELSET_HD void newton_update_row(const Team& team, const NewtonParams<S>& p, std::int64_t i,
                                    Columns d) {
   const std::int64_t point_row = p.index != nullptr ? p.index[i] : i;
-  // The CPU glue refuses a bad index before the launch. A GPU cannot without waiting for it, and must
-  // not write outside the tensor.
+  // The CPU glue refuses a bad index before the launch. A GPU cannot without waiting for it, and
+  // must not write outside the tensor.
   if (point_row < 0 || point_row >= p.point_rows) return;
   const std::int8_t before =
       p.running != nullptr ? p.running[point_row] : std::int8_t(RowStatus::kRunning);
   if (before != std::int8_t(RowStatus::kRunning)) {
     if (p.next != p.points) {
-      team.for_each(d, [&](std::int64_t j) {
-        p.next[point_row * d + j] = p.points[point_row * d + j];
-      });
+      team.for_each(
+          d, [&](std::int64_t j) { p.next[point_row * d + j] = p.points[point_row * d + j]; });
     }
     if (team.leads()) p.status[point_row] = before;
     return;

@@ -2,13 +2,15 @@
 //
 //   apply   y = J^T (J J^T)^-1 r      adjoint   s = (J J^T)^-1 J g
 //
-// Every row of J is first divided by its length, u_k = j_k / |j_k|, so that differently scaled outputs
-// cost no digits and squares cannot overflow. Then
+// Every row of J is first divided by its length, u_k = j_k / |j_k|, so that differently scaled
+// outputs cost no digits and squares cannot overflow. Then
 //   l = 1   the closed form of Eq. 5;
-//   l = 2   w = u_2 - (u_1 . u_2) u_1: the two rows are orthogonalised instead of inverting the Gram
+//   l = 2   w = u_2 - (u_1 . u_2) u_1: the two rows are orthogonalised instead of inverting the
+//   Gram
 //           determinant 1 - (u_1 . u_2)^2, which cancels in float32;
-//   l > 2   Cholesky of the Gram matrix of the u_k, accumulated in double. Products of float32 numbers
-//           are exact there, so that its pivots are right down to the rank tolerance.
+//   l > 2   Cholesky of the Gram matrix of the u_k, accumulated in double, where products of
+//   float32
+//           numbers are exact; a pivot that cancels is measured on the rows themselves.
 #pragma once
 
 #include <math.h>
@@ -25,27 +27,28 @@ namespace levelset {
 // 1 / |j| of one row, or why there is none. `at(j)` returns column j in arithmetic type A.
 template <typename A, typename Team, typename Columns, typename At>
 LEVELSET_HD RowStatus inverse_norm(const Team& team, Columns d, At at, A& inverse) {
-  const A squares =
-      team.template reduce<Sum, 1, A>(d, [&](std::int64_t j) {
-            const A x = at(j);
-            return Partial<A, 1>{{x * x}};
-          }).value[0];
+  const A squares = team.template reduce<Sum, 1, A>(d,
+                                                    [&](std::int64_t j) {
+                                                      const A x = at(j);
+                                                      return Partial<A, 1>{{x * x}};
+                                                    })
+                        .value[0];
   if (squares > FloatRange<A>::squares_low && squares < FloatRange<A>::squares_high) {
     inverse = A(1) / sqrt(squares);
     return RowStatus::kConverged;
   }
-  const A largest =
-      team.template reduce<MaxKeepingNan, 1, A>(d, [&](std::int64_t j) {
-            return Partial<A, 1>{{A(fabs(at(j)))}};
-          }).value[0];
+  const A largest = team.template reduce<MaxKeepingNan, 1, A>(
+                            d, [&](std::int64_t j) { return Partial<A, 1>{{A(fabs(at(j)))}}; })
+                        .value[0];
   inverse = A(0);
   if (!(largest <= FloatRange<A>::largest)) return RowStatus::kNonFinite;
   if (largest == A(0)) return RowStatus::kRankDeficient;
-  const A scaled =
-      team.template reduce<Sum, 1, A>(d, [&](std::int64_t j) {
-            const A x = at(j) / largest;
-            return Partial<A, 1>{{x * x}};
-          }).value[0];
+  const A scaled = team.template reduce<Sum, 1, A>(d,
+                                                   [&](std::int64_t j) {
+                                                     const A x = at(j) / largest;
+                                                     return Partial<A, 1>{{x * x}};
+                                                   })
+                       .value[0];
   const A norm = largest * sqrt(scaled);
   if (!(norm <= FloatRange<A>::largest)) return RowStatus::kNonFinite;
   if (norm < FloatRange<A>::smallest_normal) return RowStatus::kRankDeficient;
@@ -53,8 +56,8 @@ LEVELSET_HD RowStatus inverse_norm(const Team& team, Columns d, At at, A& invers
   return RowStatus::kConverged;
 }
 
-// Factorisation of one row, ready for apply and adjoint. L is 1, 2 or kAnyOutputs and `outputs` is l;
-// Columns is std::int64_t or FixedColumns.
+// Factorisation of one row, ready for apply and adjoint. L is 1, 2 or kAnyOutputs and `outputs` is
+// l; Columns is std::int64_t or FixedColumns.
 template <typename S, typename A, int L, typename Team, typename Columns>
 class PinvRow {
  public:
@@ -119,9 +122,10 @@ class PinvRow {
   template <typename At>
   LEVELSET_HD void adjoint(At at, A (&s)[kSize]) const {
     if constexpr (L == 1) {
-      s[0] = team_.template reduce<Sum, 1, A>(d_, [&](std::int64_t j) {
-                    return Partial<A, 1>{{unit(0, j) * at(j)}};
-                  }).value[0];
+      s[0] = team_
+                 .template reduce<Sum, 1, A>(
+                     d_, [&](std::int64_t j) { return Partial<A, 1>{{unit(0, j) * at(j)}}; })
+                 .value[0];
     } else if constexpr (L == 2) {
       const Partial<A, 2> dot = team_.template reduce<Sum, 2, A>(d_, [&](std::int64_t j) {
         const A first = unit(0, j), g = at(j);
@@ -149,9 +153,10 @@ class PinvRow {
   }
 
   LEVELSET_HD RowStatus orthogonalise() {
-    cosine_ = team_.template reduce<Sum, 1, A>(d_, [&](std::int64_t j) {
-                     return Partial<A, 1>{{unit(0, j) * unit(1, j)}};
-                   }).value[0];
+    cosine_ = team_
+                  .template reduce<Sum, 1, A>(
+                      d_, [&](std::int64_t j) { return Partial<A, 1>{{unit(0, j) * unit(1, j)}}; })
+                  .value[0];
     // A second sweep removes what rounding left of u_1 in w, and measures w.
     const Partial<A, 2> sweep = team_.template reduce<Sum, 2, A>(d_, [&](std::int64_t j) {
       const A first = unit(0, j);
@@ -178,10 +183,12 @@ class PinvRow {
   }
 
   LEVELSET_HD RowStatus cholesky() {
-    // Pivot a is the squared length of the part of u_a that is orthogonal to the rows before it, which
-    // is what the rank rule asks for. The diagonal is summed too: the u_k have length 1 only up to the
-    // rounding of inverse_, which in float32 is far more than the smallest pivot.
+    // Pivot a is the squared length of the part of u_a that is orthogonal to the rows before it,
+    // which is what the rank rule asks for. The diagonal is summed too: the u_k have length 1 only
+    // up to the rounding of inverse_, which in float32 is far more than the smallest pivot.
     const double tolerance = double(RankTolerance<A>::value);
+    constexpr double kFarApart = 1.0 / 64;
+    bool far_apart = true;
     for (int a = 0; a < outputs_; ++a) {
       const auto gram = dots([&](std::int64_t j) { return wide_unit(a, j); }, a + 1);
       double pivot = gram.value[a];
@@ -192,10 +199,42 @@ class PinvRow {
         factor_[a][b] = x;
         pivot -= x * x;
       }
+      // The difference is right to the last digits but those that the pivots so far have cancelled.
+      far_apart = far_apart && pivot > kFarApart;
+      if (!far_apart && a > 0) pivot = measure_pivot(a);
       if (!(pivot > tolerance * tolerance)) return RowStatus::kRankDeficient;
       factor_[a][a] = sqrt(pivot);
     }
     return RowStatus::kConverged;
+  }
+
+  // Pivot a from the orthogonal part w of u_a itself, as for l = 2: its length is measured, and
+  // what rounding left of the earlier rows in it is moved to their entries of the factor.
+  LEVELSET_HD double measure_pivot(int a) {
+    double along[kSize];
+    for (int b = a - 1; b >= 0; --b) {
+      double x = factor_[a][b];
+      for (int c = b + 1; c < a; ++c) x -= factor_[c][b] * along[c];
+      along[b] = x / factor_[b][b];
+    }
+    const auto sweep = team_.template reduce<Sum, kSize, double>(d_, [&](std::int64_t j) {
+      double w = wide_unit(a, j);
+      for (int b = 0; b < a; ++b) w -= along[b] * wide_unit(b, j);
+      Partial<double, kSize> term;
+      for (int k = 0; k < kSize; ++k) term.value[k] = k < a ? wide_unit(k, j) * w : 0.0;
+      term.value[a] = w * w;
+      return term;
+    });
+    double squares = sweep.value[a];
+    for (int b = 0; b < a; ++b) {
+      double x = sweep.value[b];
+      for (int c = 0; c < b; ++c) x -= factor_[b][c] * along[c];
+      x /= factor_[b][b];
+      along[b] = x;
+      factor_[a][b] += x;
+      squares -= x * x;
+    }
+    return squares;
   }
 
   // Solves with the Gram matrix: forward, then backward substitution.
@@ -226,7 +265,8 @@ class PinvRow {
 };
 
 template <typename S, typename A, int L, typename Team, typename Columns>
-LEVELSET_HD void pinv_apply_row(const Team& team, const PinvParams<S>& p, std::int64_t i, Columns d) {
+LEVELSET_HD void pinv_apply_row(const Team& team, const PinvParams<S>& p, std::int64_t i,
+                                Columns d) {
   using Pinv = PinvRow<S, A, L, Team, Columns>;
   Pinv pinv(team, p.jacobian + i * p.outputs * d, p.outputs, d);
   const RowStatus status = pinv.factorise();
@@ -243,7 +283,8 @@ LEVELSET_HD void pinv_apply_row(const Team& team, const PinvParams<S>& p, std::i
 }
 
 template <typename S, typename A, int L, typename Team, typename Columns>
-LEVELSET_HD void pinv_adjoint_row(const Team& team, const PinvParams<S>& p, std::int64_t i, Columns d) {
+LEVELSET_HD void pinv_adjoint_row(const Team& team, const PinvParams<S>& p, std::int64_t i,
+                                  Columns d) {
   using Pinv = PinvRow<S, A, L, Team, Columns>;
   Pinv pinv(team, p.jacobian + i * p.outputs * d, p.outputs, d);
   const RowStatus status = pinv.factorise();

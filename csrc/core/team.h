@@ -1,13 +1,14 @@
 // A team is who works on one row: a single thread, a warp, a block. The row math asks it for two
-// things only, a reduction over the columns and a visit of every column, so that it is written once.
+// things only, a reduction over the columns and a visit of every column, so that it is written
+// once.
 #pragma once
 
 #include "portability.h"
 
 namespace levelset {
 
-// A number of columns the compiler knows. On the CPU, points in the plane and in space are so short that
-// the loops over their columns cost more than the arithmetic in them.
+// A number of columns the compiler knows. On the CPU, points in the plane and in space are so short
+// that the loops over their columns cost more than the arithmetic in them.
 template <std::int64_t D>
 struct FixedColumns {
   LEVELSET_HD constexpr operator std::int64_t() const { return D; }
@@ -32,8 +33,9 @@ struct MaxKeepingNan {
   static LEVELSET_HD A combine(A a, A b) { return (b > a || b != b) ? b : a; }
 };
 
-// One thread owns the row. Long rows are reduced in kLanes interleaved partial results: it vectorises
-// without relaxed floating point and the rounding error grows with d / kLanes instead of d.
+// One thread owns the row. Long rows are reduced in kLanes interleaved partial results: it
+// vectorises without relaxed floating point and the rounding error grows with d / kLanes instead of
+// d.
 struct SerialTeam {
   static constexpr int kLanes = 8;
 

@@ -1,5 +1,5 @@
-// CUDA launchers: each enqueues its kernels on `stream` and returns the launch's error code. The device
-// must be current. No torch here. S is float, double, __half or __nv_bfloat16.
+// CUDA launchers: each enqueues its kernels on `stream` and returns the launch's error code. The
+// device must be current. No torch here. S is float, double, __half or __nv_bfloat16.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,15 @@ namespace levelset::cuda {
 // Who works on one row.
 enum class RowTeam { kAuto = 0, kThread = 1, kWarp = 2, kBlock = 3 };
 
-// The team that kAuto picks for rows of l * d numbers.
-RowTeam choose_team(int outputs, std::int64_t columns);
+// The team that kAuto picks. A thread streams a short row from its own cache lines; past a few
+// lines per thread the loads of neighbouring threads no longer share lines and a warp reads the row
+// faster. `levelset-ext bench ops` measures the three teams side by side.
+inline RowTeam choose_team(int outputs, std::int64_t columns) {
+  constexpr std::int64_t kThreadNumbers = 32, kWarpNumbers = 8192;
+  const std::int64_t numbers = outputs * columns;
+  if (numbers <= kThreadNumbers) return RowTeam::kThread;
+  return numbers <= kWarpNumbers ? RowTeam::kWarp : RowTeam::kBlock;
+}
 
 template <typename S>
 cudaError_t pinv_apply(const PinvParams<S>& params, RowTeam team, cudaStream_t stream);
@@ -22,6 +29,9 @@ cudaError_t pinv_adjoint(const PinvParams<S>& params, RowTeam team, cudaStream_t
 
 template <typename S>
 cudaError_t newton_update(const NewtonParams<S>& params, RowTeam team, cudaStream_t stream);
+
+template <typename S>
+cudaError_t bracket_update(const BracketParams<S>& params, RowTeam team, cudaStream_t stream);
 
 // Parts to cut a cloud into so that a small batch of queries still fills the device.
 std::int64_t nearest_splits(std::int64_t queries, std::int64_t cloud_size);

@@ -1,7 +1,8 @@
-// Exact nearest neighbours by brute force: every block holds a tile of the cloud in shared memory and
-// passes its queries over it. Distances are sums of squared differences, never |x|^2 - 2xy + |y|^2,
-// which cancels for points close to the cloud. No atomics: the parts of the cloud are reduced in a
-// second kernel, and equal distances go to the smallest index, so a result has one value.
+// Exact nearest neighbours by brute force: every block holds a tile of the cloud in shared memory
+// and passes its queries over it. Distances are sums of squared differences, never |x|^2 - 2xy +
+// |y|^2, which cancels for points close to the cloud. No atomics: the parts of the cloud are
+// reduced in a second kernel, and equal distances go to the smallest index, so a result has one
+// value.
 #include <algorithm>
 
 #include "../core/limits.h"
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) nearest_combine(const NearestParams<
   Best<S> best;
   best.index = p.partial_index[row];
   for (std::int64_t split = 0; split < p.splits; ++split) {
-    best.take(p.partial_distance[split * p.queries + row], p.partial_index[split * p.queries + row]);
+    best.take(p.partial_distance[split * p.queries + row],
+              p.partial_index[split * p.queries + row]);
   }
   // A NaN query is no closer to anything: it keeps the first point and shows its NaN.
   S squares = S(0);
@@ -115,8 +117,8 @@ template <typename Kernel, typename S>
 cudaError_t enqueue(Kernel kernel, std::int64_t queries_per_block, std::int64_t splits,
                     const NearestParams<S>& p, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned((p.queries + queries_per_block - 1) / queries_per_block),
-                        unsigned(splits));
+  config.gridDim =
+      dim3(unsigned((p.queries + queries_per_block - 1) / queries_per_block), unsigned(splits));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, p);
@@ -126,7 +128,8 @@ cudaError_t enqueue(Kernel kernel, std::int64_t queries_per_block, std::int64_t 
 
 std::int64_t nearest_splits(std::int64_t queries, std::int64_t cloud_size) {
   // About eight blocks on each of a large device's 132 multiprocessors, and a few tiles at least to
-  // each part. The device is not asked, so that a result's scratch size depends on the shapes alone.
+  // each part. The device is not asked, so that a result's scratch size depends on the shapes
+  // alone.
   constexpr std::int64_t kBlocks = 1056, kMinPart = 4 * kTile, kMaxSplits = 4096;
   const std::int64_t blocks = (queries + kQueriesPerBlock - 1) / kQueriesPerBlock;
   const std::int64_t wanted = (kBlocks + blocks - 1) / std::max<std::int64_t>(blocks, 1);
@@ -139,14 +142,9 @@ cudaError_t nearest(const NearestParams<S>& p, cudaStream_t stream) {
   if (p.queries == 0) return cudaSuccess;
   cudaError_t error = cudaSuccess;
   switch (p.dimension) {
-    case 2:
-      error = enqueue(nearest_tiled<S, 2>, kQueriesPerBlock, p.splits, p, stream);
-      break;
-    case 3:
-      error = enqueue(nearest_tiled<S, 3>, kQueriesPerBlock, p.splits, p, stream);
-      break;
-    default:
-      error = enqueue(nearest_any<S>, kThreads, p.splits, p, stream);
+    case 2: error = enqueue(nearest_tiled<S, 2>, kQueriesPerBlock, p.splits, p, stream); break;
+    case 3: error = enqueue(nearest_tiled<S, 3>, kQueriesPerBlock, p.splits, p, stream); break;
+    default: error = enqueue(nearest_any<S>, kThreads, p.splits, p, stream);
   }
   if (error != cudaSuccess) return error;
   return enqueue(nearest_combine<S>, kThreads, 1, p, stream);

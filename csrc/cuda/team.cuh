@@ -1,5 +1,5 @@
-// Teams of CUDA threads that share one row. Every member calls every reduction, and every member gets
-// the same bits back: the sums are xor butterflies, which add the same pairs on both sides.
+// Teams of CUDA threads that share one row. Every member calls every reduction, and every member
+// gets the same bits back: the sums are xor butterflies, which add the same pairs on both sides.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -66,7 +66,8 @@ struct BlockTeam {
     __syncthreads();
     for (int k = 0; k < K; ++k) {
       total.value[k] = shared[0][k];
-      for (int w = 1; w < kWarps; ++w) total.value[k] = Op<A>::combine(total.value[k], shared[w][k]);
+      for (int w = 1; w < kWarps; ++w)
+        total.value[k] = Op<A>::combine(total.value[k], shared[w][k]);
     }
     // The next reduction may use the same shared memory.
     __syncthreads();

@@ -36,26 +36,26 @@ std::string format(const Shape& shape) {
 void expect_shape(const Tensor& t, const char* name, const char* symbols, const Shape& expected) {
   const Shape shape = shape_of(t);
   require(shape == expected, name, ": expected ", symbols, " = ", format(expected), ", got ",
-                  format(shape));
+          format(shape));
 }
 
 void expect_dim(const Tensor& t, const char* name, const char* symbols, std::int64_t dim) {
   require(t.dim() == dim, name, ": expected a tensor ", symbols, ", got shape ",
-                  format(shape_of(t)));
+          format(shape_of(t)));
 }
 
 void expect_dtype(const Tensor& t, const char* name, ScalarType expected) {
-  require(t.scalar_type() == expected, name, ": expected dtype ", dtype_name(expected),
-                  ", got ", dtype_name(t.scalar_type()));
+  require(t.scalar_type() == expected, name, ": expected dtype ", dtype_name(expected), ", got ",
+          dtype_name(t.scalar_type()));
 }
 
 void expect_same_kind(const Tensor& t, const char* name, const Tensor& reference,
                       const char* reference_name) {
   require(t.scalar_type() == reference.scalar_type(), name, ": expected the dtype of ",
-                  reference_name, " (", dtype_name(reference.scalar_type()), "), got ",
-                  dtype_name(t.scalar_type()));
+          reference_name, " (", dtype_name(reference.scalar_type()), "), got ",
+          dtype_name(t.scalar_type()));
   require(device_name(t) == device_name(reference), name, ": expected the device of ",
-                  reference_name, " (", device_name(reference), "), got ", device_name(t));
+          reference_name, " (", device_name(reference), "), got ", device_name(t));
 }
 
 void expect_floating(const Tensor& t, const char* name) {
@@ -63,12 +63,12 @@ void expect_floating(const Tensor& t, const char* name) {
   const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;
   const bool narrow = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   require(wide || (narrow && t.is_cuda()), name, ": expected float32 or float64",
-                  t.is_cuda() ? ", float16 or bfloat16" : " on the CPU", ", got ", dtype_name(dtype));
+          t.is_cuda() ? ", float16 or bfloat16" : " on the CPU", ", got ", dtype_name(dtype));
 }
 
 void expect_outputs(std::int64_t l) {
   require(l >= 1 && l <= kMaxOutputs, "jacobian: expected 1 to ", kMaxOutputs,
-                  " outputs l in (n, l, d), got ", l);
+          " outputs l in (n, l, d), got ", l);
 }
 
 void expect_contiguous(const Tensor& t, const char* name) {

@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <algorithm>
 
+#include "../cpu/bracket.h"
 #include "../cpu/rows.h"
+#include "bracket.h"
 #include "rows.h"
 
 namespace levelset::glue {
@@ -20,7 +22,17 @@ void over_rows(std::int64_t rows, std::int64_t outputs, std::int64_t columns, Ro
   torch::stable::parallel_for(0, rows, grain(outputs, columns), run);
 }
 
-std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual, std::int64_t) {
+void expect_rows(const std::optional<Tensor>& index, std::int64_t point_rows) {
+  if (!index.has_value()) return;
+  const auto* row = static_cast<const std::int64_t*>(index->const_data_ptr());
+  for (std::int64_t i = 0; i < index->size(0); ++i) {
+    require(row[i] >= 0 && row[i] < point_rows, "index: expected rows of points, 0 to ",
+            point_rows - 1, ", got ", row[i]);
+  }
+}
+
+std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual,
+                                      std::int64_t) {
   const PinvTensors t = prepare_apply(jacobian, residual);
   with_wide_dtype(jacobian.scalar_type(), [&](auto zero) {
     const auto p = t.params<decltype(zero)>();
@@ -30,7 +42,8 @@ std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& resi
   return {t.output, t.status};
 }
 
-std::tuple<Tensor, Tensor> pinv_adjoint(const Tensor& jacobian, const Tensor& gradient, std::int64_t) {
+std::tuple<Tensor, Tensor> pinv_adjoint(const Tensor& jacobian, const Tensor& gradient,
+                                        std::int64_t) {
   const PinvTensors t = prepare_adjoint(jacobian, gradient);
   with_wide_dtype(jacobian.scalar_type(), [&](auto zero) {
     const auto p = t.params<decltype(zero)>();
@@ -62,18 +75,26 @@ std::tuple<Tensor, Tensor> newton_update(const Tensor& points, const Tensor& val
 
 void newton_update_(const Tensor& points, const Tensor& status, const Tensor& values,
                     const Tensor& jacobian, const Tensor& level, const std::optional<Tensor>& index,
-                    const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, double tol,
-                    double max_step, std::int64_t) {
-  const NewtonTensors t = prepare_newton_inplace(points, status, values, jacobian, level, index, lower,
-                                                 upper, tol, max_step);
-  if (t.index.has_value()) {
-    const auto* row = static_cast<const std::int64_t*>(t.index->const_data_ptr());
-    for (std::int64_t i = 0; i < t.rows; ++i) {
-      require(row[i] >= 0 && row[i] < t.point_rows, "index: expected rows of points, 0 to ",
-                      t.point_rows - 1, ", got ", row[i]);
-    }
-  }
+                    const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
+                    double tol, double max_step, std::int64_t) {
+  const NewtonTensors t = prepare_newton_inplace(points, status, values, jacobian, level, index,
+                                                 lower, upper, tol, max_step);
+  expect_rows(t.index, t.point_rows);
   run_newton(t);
+}
+
+void bracket_update_(const Tensor& points, const Tensor& status, const Tensor& bracket,
+                     const Tensor& start, const Tensor& end, const Tensor& values,
+                     const Tensor& level, const std::optional<Tensor>& index, double tol,
+                     std::int64_t variant, bool last, std::int64_t) {
+  const BracketTensors t = prepare_bracket(points, status, bracket, start, end, values, level,
+                                           index, tol, variant, last);
+  expect_rows(t.index, t.point_rows);
+  with_wide_dtype(points.scalar_type(), [&](auto zero) {
+    const auto p = t.params<decltype(zero)>();
+    over_rows(t.rows, 3, t.columns,
+              [&](std::int64_t begin, std::int64_t end) { cpu::bracket_update(p, begin, end); });
+  });
 }
 
 }  // namespace
@@ -83,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CPU, library) {
   library.impl("pinv_adjoint", TORCH_BOX(&pinv_adjoint));
   library.impl("newton_update", TORCH_BOX(&newton_update));
   library.impl("newton_update_", TORCH_BOX(&newton_update_));
+  library.impl("bracket_update_", TORCH_BOX(&bracket_update_));
   // nearest: the k-d tree of SciPy, registered from Python.
 }
 

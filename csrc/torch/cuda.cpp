@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include "../cuda/launch.h"
+#include "bracket.h"
 #include "rows.h"
 
 // A CPU build of torch lacks this symbol. Weak, it lets the module load there; no tensor on a CUDA
@@ -18,7 +19,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 cudaStream_t current_stream(const Tensor& t) {
   require(aoti_torch_get_current_cuda_stream != nullptr,
-                  "levelset_ext: this torch has no CUDA support");
+          "levelset_ext: this torch has no CUDA support");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
@@ -30,7 +31,7 @@ void check_launch(cudaError_t error, const char* op) {
 
 void expect_team(std::int64_t team) {
   require(team >= 0 && team <= 3,
-                  "team: expected 0 (automatic), 1 (thread), 2 (warp) or 3 (block per row), got ", team);
+          "team: expected 0 (automatic), 1 (thread), 2 (warp) or 3 (block per row), got ", team);
 }
 
 template <typename Run>
@@ -48,9 +49,9 @@ std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& resi
   expect_team(team);
   const PinvTensors t = prepare_apply(jacobian, residual);
   with_dtype(jacobian.scalar_type(), [&](auto zero) {
-    check_launch(cuda::pinv_apply(t.params<decltype(zero)>(), cuda::RowTeam(team),
-                                  current_stream(jacobian)),
-                 "pinv_apply");
+    check_launch(
+        cuda::pinv_apply(t.params<decltype(zero)>(), cuda::RowTeam(team), current_stream(jacobian)),
+        "pinv_apply");
   });
   return {t.output, t.status};
 }
@@ -92,12 +93,27 @@ std::tuple<Tensor, Tensor> newton_update(const Tensor& points, const Tensor& val
 
 void newton_update_(const Tensor& points, const Tensor& status, const Tensor& values,
                     const Tensor& jacobian, const Tensor& level, const std::optional<Tensor>& index,
-                    const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, double tol,
-                    double max_step, std::int64_t team) {
+                    const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
+                    double tol, double max_step, std::int64_t team) {
   const DeviceGuard guard(points.get_device_index());
-  const NewtonTensors t = prepare_newton_inplace(points, status, values, jacobian, level, index, lower,
-                                                 upper, tol, max_step);
+  const NewtonTensors t = prepare_newton_inplace(points, status, values, jacobian, level, index,
+                                                 lower, upper, tol, max_step);
   run_newton(t, team);
+}
+
+void bracket_update_(const Tensor& points, const Tensor& status, const Tensor& bracket,
+                     const Tensor& start, const Tensor& end, const Tensor& values,
+                     const Tensor& level, const std::optional<Tensor>& index, double tol,
+                     std::int64_t variant, bool last, std::int64_t team) {
+  const DeviceGuard guard(points.get_device_index());
+  expect_team(team);
+  const BracketTensors t = prepare_bracket(points, status, bracket, start, end, values, level,
+                                           index, tol, variant, last);
+  with_dtype(points.scalar_type(), [&](auto zero) {
+    check_launch(cuda::bracket_update(t.params<decltype(zero)>(), cuda::RowTeam(team),
+                                      current_stream(points)),
+                 "bracket_update_");
+  });
 }
 
 std::tuple<Tensor, Tensor> nearest(const Tensor& query, const Tensor& cloud) {
@@ -146,6 +162,7 @@ STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CUDA, library) {
   library.impl("pinv_adjoint", TORCH_BOX(&pinv_adjoint));
   library.impl("newton_update", TORCH_BOX(&newton_update));
   library.impl("newton_update_", TORCH_BOX(&newton_update_));
+  library.impl("bracket_update_", TORCH_BOX(&bracket_update_));
   library.impl("nearest", TORCH_BOX(&nearest));
 }
 

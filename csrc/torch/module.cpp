@@ -2,10 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstddef>
+
 #include "../core/limits.h"
+#include "../core/params.h"
 #include "../core/status.h"
 
-// `team` chooses who works on a row on CUDA: 0 automatic, 1 thread, 2 warp, 3 block. The CPU ignores it.
+// `team` chooses who works on a row on CUDA: 0 automatic, 1 thread, 2 warp, 3 block. The CPU
+// ignores it.
 STABLE_TORCH_LIBRARY(levelset_ext, library) {
   library.def("pinv_apply(Tensor jacobian, Tensor residual, int team=0) -> (Tensor, Tensor)");
   library.def("pinv_adjoint(Tensor jacobian, Tensor gradient, int team=0) -> (Tensor, Tensor)");
@@ -15,6 +19,10 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
   library.def(
       "newton_update_(Tensor(a!) points, Tensor(b!) status, Tensor values, Tensor jacobian, "
       "Tensor level, Tensor? index, Tensor? lower, Tensor? upper, float tol, float max_step, "
+      "int team=0) -> ()");
+  library.def(
+      "bracket_update_(Tensor(a!) points, Tensor(b!) status, Tensor(c!) bracket, Tensor start, "
+      "Tensor end, Tensor values, Tensor level, Tensor? index, float tol, int variant, bool last, "
       "int team=0) -> ()");
   library.def("nearest(Tensor query, Tensor cloud) -> (Tensor, Tensor)");
 }
@@ -36,6 +44,18 @@ PYBIND11_MODULE(_C, module) {
   status["NOT_BRACKETED"] = int(RowStatus::kNotBracketed);
   status["STALLED"] = int(RowStatus::kStalled);
   module.attr("status_codes") = status;
+
+  using levelset::BracketVariant;
+  pybind11::dict variants;
+  variants["regula_falsi"] = int(BracketVariant::kRegulaFalsi);
+  variants["bisection"] = int(BracketVariant::kBisection);
+  variants["illinois"] = int(BracketVariant::kIllinois);
+  variants["chandrupatla"] = int(BracketVariant::kChandrupatla);
+  variants["anderson_bjorck"] = int(BracketVariant::kAndersonBjorck);
+  module.attr("bracket_variants") = variants;
+  module.attr("bracket_columns") = levelset::kBracketColumns;
+  module.attr("bracket_at") = offsetof(levelset::BracketRow, at) / sizeof(double);
+  module.attr("bracket_value") = offsetof(levelset::BracketRow, newest.value) / sizeof(double);
 
   pybind11::dict build;
   build["compiler"] = LEVELSET_COMPILER;

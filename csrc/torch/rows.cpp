@@ -8,7 +8,8 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(contiguous(*t)) : std::nullopt;
 }
 
-PinvTensors prepare(const Tensor& jacobian, const Tensor& input, const char* input_name, bool adjoint) {
+PinvTensors prepare(const Tensor& jacobian, const Tensor& input, const char* input_name,
+                    bool adjoint) {
   expect_dim(jacobian, "jacobian", "(n, l, d)", 3);
   expect_floating(jacobian, "jacobian");
   expect_same_kind(input, input_name, jacobian, "jacobian");
@@ -52,10 +53,22 @@ NewtonTensors prepare_common(const Tensor& points, const Tensor& values, const T
   }
   require(tol >= 0, "tol: expected a number >= 0, got ", tol);
   require(max_step > 0, "max_step: expected a length > 0, got ", max_step);
-  NewtonTensors t{contiguous(points), contiguous(values), contiguous(jacobian), contiguous(level),
-                  points,             points,             {},                   {},
-                  contiguous_or_none(lower), contiguous_or_none(upper),  m,                    n,
-                  d,                  one_level ? 0 : l,  int(l),               tol,
+  NewtonTensors t{contiguous(points),
+                  contiguous(values),
+                  contiguous(jacobian),
+                  contiguous(level),
+                  points,
+                  points,
+                  {},
+                  {},
+                  contiguous_or_none(lower),
+                  contiguous_or_none(upper),
+                  m,
+                  n,
+                  d,
+                  one_level ? 0 : l,
+                  int(l),
+                  tol,
                   max_step};
   return t;
 }
@@ -76,8 +89,7 @@ NewtonTensors prepare_newton(const Tensor& points, const Tensor& values, const T
                              double tol, double max_step) {
   expect_dim(points, "points", "(n, d)", 2);
   const std::int64_t n = points.size(0);
-  NewtonTensors t =
-      prepare_common(points, values, jacobian, level, lower, upper, tol, max_step, n);
+  NewtonTensors t = prepare_common(points, values, jacobian, level, lower, upper, tol, max_step, n);
   if (status.has_value()) {
     expect_shape(*status, "status", "(n,)", {n});
     expect_dtype(*status, "status", ScalarType::Char);
@@ -88,9 +100,9 @@ NewtonTensors prepare_newton(const Tensor& points, const Tensor& values, const T
   return t;
 }
 
-NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status, const Tensor& values,
-                                     const Tensor& jacobian, const Tensor& level,
-                                     const std::optional<Tensor>& index,
+NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status,
+                                     const Tensor& values, const Tensor& jacobian,
+                                     const Tensor& level, const std::optional<Tensor>& index,
                                      const std::optional<Tensor>& lower,
                                      const std::optional<Tensor>& upper, double tol,
                                      double max_step) {
@@ -104,8 +116,7 @@ NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status,
     expect_dtype(*index, "index", ScalarType::Long);
   }
   const std::int64_t m = index.has_value() ? index->size(0) : points.size(0);
-  NewtonTensors t =
-      prepare_common(points, values, jacobian, level, lower, upper, tol, max_step, m);
+  NewtonTensors t = prepare_common(points, values, jacobian, level, lower, upper, tol, max_step, m);
   t.points = t.next = points;
   t.running = t.status = status;
   t.index = contiguous_or_none(index);

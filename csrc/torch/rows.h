@@ -63,11 +63,12 @@ NewtonTensors prepare_newton(const Tensor& points, const Tensor& values, const T
                              const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
                              double tol, double max_step);
 
-NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status, const Tensor& values,
-                                     const Tensor& jacobian, const Tensor& level,
-                                     const std::optional<Tensor>& index,
+NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status,
+                                     const Tensor& values, const Tensor& jacobian,
+                                     const Tensor& level, const std::optional<Tensor>& index,
                                      const std::optional<Tensor>& lower,
-                                     const std::optional<Tensor>& upper, double tol, double max_step);
+                                     const std::optional<Tensor>& upper, double tol,
+                                     double max_step);
 
 // Calls run(S{}) with the storage type of `dtype`, one of float and double.
 template <typename Run>

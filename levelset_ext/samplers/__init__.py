@@ -1,7 +1,15 @@
 """Finding points on level sets. Samplers know no gradients in theta; the sample network does."""
 
 from levelset_ext.samplers.at_points import level_points
+from levelset_ext.samplers.boundary import BoundarySamples, find_boundary, margin_field
 from levelset_ext.samplers.false_position import false_position
 from levelset_ext.samplers.projection import project
 
-__all__ = ["false_position", "level_points", "project"]
+__all__ = [
+    "BoundarySamples",
+    "false_position",
+    "find_boundary",
+    "level_points",
+    "margin_field",
+    "project",
+]

@@ -14,8 +14,8 @@ from levelset_ext.samplers.state import SamplerState, check_limits
 
 VARIANTS = tuple(_C.bracket_variants)
 
-# F of some rows of a batch: (points (m, *event), rows (m,) int64) -> (m,) or (m, 1).
-RowField = Callable[[Tensor, Tensor], Tensor]
+# F of some rows of a batch: (points (m, *event), rows=(m,) int64) -> (m,) or (m, 1).
+RowField = Callable[..., Tensor]
 
 
 def false_position(
@@ -55,7 +55,8 @@ def false_position(
           the level set); the point is the end with the smaller |F - c|.
         - ``STALLED``: F - c changes sign here, but the dtype does not get it to ``tol``. No point
           lies between the two ends of the bracket any more, or three evaluations within 4 ulp of
-          F at the segment's ends came no closer. float32 margins in the thousands end so.
+          c, or of F at both ends of the segment, came no closer. float32 margins in the
+          thousands end so.
         - ``MAX_ITERATIONS``: the better end of the bracket so far.
         - ``NON_FINITE``: the place on the segment where F is not finite.
 
@@ -92,7 +93,7 @@ def search_segments(
     start_values: Tensor | None,
     end_values: Tensor | None,
 ) -> LevelSetResult:
-    """:func:`false_position` for a field that differs from row to row, as a margin does by label."""
+    """:func:`false_position` for a field that depends on the row, as a margin does on its label."""
     check_limits(max_iters, tol)
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -135,7 +136,9 @@ def search_segments(
             values = _values(field, state.active_points(), state.rows)
         everyone = torch.arange(n, device=state.points.device)
         points = state.points.view(n, *state.event)
-        _, jacobian = jacobian_of(lambda x: field(x, everyone), points)
+        jacobian = points.new_zeros(0, 1, *state.event)
+        if n:  # many networks cannot reshape a batch without rows
+            _, jacobian = jacobian_of(lambda x: field(x, everyone), points)
         state.rows = everyone
         answers = bracket[:, _C.bracket_value, None].to(state.points.dtype)
         state.record(answers, jacobian.flatten(2))
@@ -164,6 +167,8 @@ def _end_values(
                 f"{name}: expected (n,) or (n, 1) with n = {n}, got {tuple(given.shape)}"
             )
         columns.append(None if given is None else given.detach().reshape(n, 1).to(state.points))
+    if n == 0:
+        return state.points.new_zeros(0, 2)
     missing = [k for k in range(2) if columns[k] is None]
     if missing:
         x = torch.cat([ends[k].detach() for k in missing])

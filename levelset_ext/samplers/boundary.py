@@ -1,0 +1,234 @@
+"""Points on a classifier's decision boundary near given examples (Section 3.2).
+
+A few steps of projected gradient descent on the margin F^j = f_j - max_{i != j} f_i carry an
+example to the other side of the boundary of its class; between the last two steps lies a root,
+which false position finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from levelset_ext.field import Field, as_field, check_points, jacobian_of, values_of
+from levelset_ext.margin import check_labels, margin
+from levelset_ext.result import LevelSetResult
+from levelset_ext.samplers.false_position import RowField, search_segments
+from levelset_ext.samplers.state import check_limits
+
+__all__ = ["BoundarySamples", "find_boundary", "margin_field"]
+
+
+@dataclass(frozen=True)
+class BoundarySamples:
+    """Points of the decision boundary that belong to examples of a batch (x, y) of N.
+
+    Attributes:
+        result: m <= N points with the margin's value, its gradient and a status each; level 0.
+        rows: (m,) int64, ascending: which example each point belongs to.
+        correct: (m,) bool, whether that example was on the right side of its boundary.
+        margins: (N,), F^y at the examples themselves, of all of them.
+        crossed: (N,) bool, examples whose steps reached the other side. Those of them that are not
+            in ``rows`` were dropped, as |margin| was too large after the search.
+    """
+
+    result: LevelSetResult
+    rows: Tensor
+    correct: Tensor
+    margins: Tensor
+    crossed: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+def margin_field(fn: Field, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The margin of every row for its label, as a field whose level set 0 is the boundary.
+
+    Args:
+        fn: classifier (n, *event) -> logits (n, K), or (n,) for K = 2 with one logit; a module runs
+            as its eval-mode clone and keeps its graph.
+        labels: (n,) integers, one for every row the field will be given.
+    """
+    field = as_field(fn)
+    return lambda x: margin(field(x), labels, check=False)
+
+
+def find_boundary(
+    fn: Field,
+    x: Tensor,
+    y: Tensor,
+    eps_correct: float | Tensor = 0.4,
+    eps_wrong: float | Tensor = 0.5,
+    step: float | Tensor = 0.01,
+    iters: int = 40,
+    *,
+    step_eps: float | None = None,
+    box: tuple[float, float] | None = (0.0, 1.0),
+    random_start: bool = True,
+    max_iters: int = 40,
+    tol: float = 1e-5,
+    variant: str = "anderson_bjorck",
+    keep_below: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> BoundarySamples:
+    """Looks for a boundary point in the L_inf box around every example.
+
+    Every example starts at a uniformly random point of its box and walks by sign-gradient steps on
+    the margin towards the other side of its boundary: a correct example towards a mistake, a wrong
+    one (a tie counts as wrong) towards its label. It stops as soon as the margin has changed sign;
+    the last two places and their known values are the bracket that false position starts from.
+
+    Args:
+        fn: classifier (n, *event) -> logits (n, K), K >= 2, or one logit (n,) or (n, 1). Only
+            gradients with respect to x are computed. A module runs as its eval-mode clone.
+        x: examples, (n, *event), floating point.
+        y: labels, (n,) integers, as in :func:`levelset_ext.margin.margin`.
+        eps_correct, eps_wrong: half the width of the box of correct and of wrong examples, >= 0;
+            a number or (n,).
+        step: length of a step in every coordinate, > 0; a number or (n,).
+        iters: most steps, >= 0.
+        step_eps: if given, ``step`` is meant for boxes of this size, and a correct example steps
+            by ``step * eps_correct / step_eps``: eps that grows during a training keeps its steps
+            in proportion. Wrong examples step by ``step``.
+        box: (low, high) that all points stay within; None for no limits.
+        random_start: start at the example itself instead if False.
+        max_iters, tol, variant: of :func:`levelset_ext.false_position`.
+        keep_below: points with |margin| >= this are dropped after the search.
+        generator: source of the random start, on the device of x.
+
+    Returns:
+        :class:`BoundarySamples`. Examples with a margin that is not finite, or that did not cross,
+        have no point.
+    """
+    x = check_points("x", x)
+    n = x.shape[0]
+    if y.shape != (n,):
+        raise ValueError(f"y: expected shape (n,) = ({n},), got {tuple(y.shape)}")
+    check_limits(max_iters, tol)
+    if isinstance(iters, bool) or not isinstance(iters, int) or iters < 0:
+        raise ValueError(f"iters: expected an integer >= 0, got {iters!r}")
+    if step_eps is not None and not (step_eps > 0 and math.isfinite(step_eps)):
+        raise ValueError(f"step_eps: expected a length > 0, got {step_eps!r}")
+    if box is not None and not box[0] <= box[1]:
+        raise ValueError(f"box: expected low <= high, got {box!r}")
+    if not keep_below > 0:
+        raise ValueError(f"keep_below: expected a number > 0, got {keep_below!r}")
+    field = as_field(fn)
+    labels = y.detach().to(x.device)
+    widths = _per_row("eps_correct", eps_correct, x, 0), _per_row("eps_wrong", eps_wrong, x, 0)
+    steps = _per_row("step", step, x, None)
+
+    def row_field(points: Tensor, rows: Tensor) -> Tensor:
+        return margin(field(points), labels[rows], check=False)
+
+    # Tensors made in inference mode could not enter the sample network afterwards.
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.detach().clone()
+        everyone = torch.arange(n, device=x.device)
+        logits = field(x.clone())
+        check_labels(labels, logits.shape[1] if logits.dim() == 2 else 1, "y")
+        margins = margin(logits, labels, check=False).to(x.dtype)
+        correct = margins > 0
+        eps = torch.where(correct, *widths)
+        if step_eps is not None:
+            steps = torch.where(correct, steps * (widths[0] / step_eps), steps)
+        before, after, values, crossed = _walk(
+            row_field, x, margins, correct, eps, steps, iters, box, random_start, generator
+        )
+        rows = everyone[crossed]
+        result = search_segments(
+            lambda points, k: row_field(points, rows[k]),
+            before[rows],
+            after[rows],
+            0.0,
+            max_iters,
+            tol,
+            variant,
+            start_values=values[rows, 0],
+            end_values=values[rows, 1],
+        )
+        near = result.residual < keep_below
+        rows = rows[near]
+        return BoundarySamples(result[near], rows, correct[rows], margins, crossed)
+
+
+def _per_row(name: str, value: float | Tensor, x: Tensor, least: float | None) -> Tensor:
+    """A number or (n,) as (n,), >= ``least``, or > 0 for None."""
+    n = x.shape[0]
+    rows = torch.as_tensor(value, dtype=x.dtype, device=x.device).detach()
+    if tuple(rows.shape) not in ((), (n,)):
+        raise ValueError(
+            f"{name}: expected a number or (n,) = ({n},), got shape {tuple(rows.shape)}"
+        )
+    good = rows > 0 if least is None else rows >= least
+    if not bool((good & torch.isfinite(rows)).all()):
+        bound = "> 0" if least is None else f">= {least}"
+        raise ValueError(f"{name}: expected finite lengths {bound}, got {value!r}")
+    return rows.expand(n)
+
+
+def _walk(
+    field: RowField,
+    x: Tensor,
+    margins: Tensor,
+    correct: Tensor,
+    eps: Tensor,
+    steps: Tensor,
+    iters: int,
+    box: tuple[float, float] | None,
+    random_start: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sign-gradient steps on the margin. A row that has crossed is not evaluated again.
+
+    Returns the last place on the row's own side, the first on the other, F at both (n, 2), and
+    which rows crossed.
+    """
+
+    def wide(rows: Tensor) -> Tensor:
+        return rows.view(-1, *(1,) * (x.dim() - 1))
+
+    def clamp(points: Tensor) -> Tensor:
+        return points if box is None else points.clamp(box[0], box[1])
+
+    before, values = x.clone(), torch.stack([margins, margins], 1)
+    after = x
+    if random_start:
+        # One draw per coordinate of the whole batch: what a row gets does not depend on the others.
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        after = clamp(x + wide(eps) * (2 * noise - 1))
+    after = after.clone()
+    crossed = torch.zeros_like(correct)
+    rows = torch.nonzero(torch.isfinite(margins)).squeeze(1)
+    for iteration in range(iters + 1):
+        here = after[rows]
+        if iteration < iters:
+            value, gradient = jacobian_of(partial(field, rows=rows), here)
+            gradient = gradient[:, 0]
+        else:
+            # After the last step only the side counts.
+            value = values_of(partial(field, rows=rows), here)
+        value = value[:, 0]
+        values[rows, 1] = value
+        finite = torch.isfinite(value)
+        over = finite & ((value > 0) != correct[rows])
+        crossed[rows[over]] = True
+        if iteration == iters:
+            break
+        stays = finite & ~over
+        rows = rows[stays]
+        if rows.shape[0] == 0:
+            break
+        here, origin = here[stays], x[rows]
+        before[rows], values[rows, 0] = here, value[stays]
+        length = torch.where(correct[rows], -steps[rows], steps[rows])
+        move = here + wide(length) * gradient[stays].sign()
+        width = wide(eps[rows])
+        after[rows] = clamp(torch.minimum(torch.maximum(move, origin - width), origin + width))
+    return before, after, values, crossed
