@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from levelset_ext._load import build_info
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
+from levelset_ext.recipes.devices import parse_device
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,25 +31,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _device(name: str) -> torch.device:
-    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    known = device is not None and (
-        name in available or (device.type == "cuda" and device.index is None and len(available) > 1)
-    )
-    if not known:
-        raise InputError(f"device: expected one of {', '.join(available)}, got {name!r}")
-    assert device is not None
-    return device
-
-
 def _reconstruct(args: argparse.Namespace) -> None:
     from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
 
-    device = _device(args.device)
+    device = parse_device(args.device)
     config = preset(args.preset, args.steps, args.seed)
     cloud = load_cloud(args.scan, args.seed)
     metrics = reconstruct(

@@ -382,7 +382,7 @@ def add_attack_command(commands: Any) -> None:
 
 
 def _command(args: argparse.Namespace) -> None:
-    device = _device(args.device)
+    device = parse_device(args.device)
     model = _network("CHECKPOINT or --model", args.checkpoint, args.model, args, device)
     source = None
     if args.source is not None or args.source_model is not None:
@@ -448,15 +448,6 @@ def _network(
         if not isinstance(options, dict):
             raise InputError(f"model-options: expected a JSON object, got {args.model_options!r}")
     return load_foreign(factory, args.weights, options, device)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device: expected cpu or an available cuda[:N], got {name!r}") from None
-    return device
 
 
 def _say(text: str) -> None:
