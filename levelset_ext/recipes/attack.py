@@ -41,6 +41,7 @@ from levelset_ext.attacks.report import alarms
 from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.classifiers import load_classifier, load_foreign
+from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import prepare_folder, read_json, write_json, write_whole
 from levelset_ext.recipes.progress import Progress
 
