@@ -18,7 +18,7 @@ endif
 SUFFIX = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
 SOURCES := $(shell find csrc -type f) setup.py VERSION
 CLANG_FORMAT = $(shell $(PYTHON) -c "import shutil, sysconfig; print(shutil.which('clang-format', path=sysconfig.get_path('scripts')) or 'clang-format')")
-DEMO_STEPS ?= 1500
+DEMO_STEPS ?= 3000
 
 .DEFAULT_GOAL := build
 .PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench gpu-check ci clean print-python
