@@ -11,7 +11,7 @@ ifeq ($(HAS_TORCH),True)
 PYTHON := python3
 else
 PYTHON := .venv/bin/python
-VENV := .venv/bin/python
+VENV := .venv/ready
 endif
 endif
 
@@ -27,9 +27,11 @@ help:
 	@sed -n 's/^# //p' Makefile | head -7
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv/bin/python:
+.venv/ready:
+	@python3 -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'levelset_ext needs Python >= 3.11, found ' + sys.version.split()[0])"
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	@touch $@
 
 build/setup.stamp: $(VENV) requirements/run.txt requirements/dev.txt
 	@mkdir -p build

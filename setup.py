@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -106,6 +107,11 @@ def extension() -> object:
         quoted("LEVELSET_TORCH_VERSION", torch.__version__),
     ]
     floors = ["cpu", "torch"]
+    headers = sorted(
+        str(path.relative_to(ROOT))
+        for pattern in ("*.h", "*.cuh")
+        for path in (ROOT / "csrc").rglob(pattern)
+    )
     options: dict = {"include_dirs": [], "library_dirs": [], "libraries": [], "extra_link_args": []}
     cxx = ["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden", "-g0"]
     nvcc = ["-O3", "-std=c++20", "--Werror", "all-warnings", "-lineinfo", "--threads", "2"]
@@ -133,10 +139,13 @@ def extension() -> object:
         sources(*floors),
         define_macros=macros,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        depends=["VERSION", "csrc/sources.txt"],
+        depends=["VERSION", "csrc/sources.txt", *headers],
         **options,
     )
 
+
+# The ninja of a virtual environment is beside its Python, which need not be on PATH.
+os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
 
 setup(
     version=(ROOT / "VERSION").read_text().strip(),

@@ -31,11 +31,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{name}: expected numbers with commas between, got {text!r}") from None
+
+
 def _reconstruct(args: argparse.Namespace) -> None:
     from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
 
     device = parse_device(args.device)
-    config = preset(args.preset, args.steps, args.seed)
+    levels = None if args.levels is None else _numbers("levels", args.levels)
+    lam = None if args.lam is None else (args.lam[0], args.lam[1])
+    config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
     cloud = load_cloud(args.scan, args.seed)
     metrics = reconstruct(
         cloud, Path(args.out), config, device=device, resume=args.resume, say=_say
@@ -51,6 +60,8 @@ def _compare(args: argparse.Namespace) -> None:
     from levelset_ext.data.meshes import read_mesh
     from levelset_ext.geometry.compare import compare_meshes
 
+    if args.seed < 0:
+        raise InputError(f"seed: expected a number >= 0, got {args.seed}")
     if args.samples < 1:
         raise InputError(f"samples: expected at least 1, got {args.samples}")
     mesh, truth = read_mesh(args.mesh), read_mesh(args.truth)
@@ -86,19 +97,31 @@ def _parser() -> _Parser:
     )
     one.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     one.add_argument(
-        "--preset", default="fast", help="fast (minutes on a CPU) or paper (for a GPU)"
+        "--preset", default="fast", help="fast (the default, minutes on a CPU) or paper (for a GPU)"
     )
     one.add_argument("--steps", type=int, help="training steps; the schedules stretch to them")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    loss = one.add_argument_group(
+        "Eq. 13", "lengths in units in which the longest half side is 0.9"
+    )
+    loss.add_argument("--levels", metavar="T,T", help="levels to project samples to; 0 if left out")
+    loss.add_argument("--p", type=float, help="exponent of the first sum")
+    loss.add_argument(
+        "--lam",
+        type=float,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="lambda, growing with the steps",
+    )
     one.set_defaults(run=_reconstruct)
 
     one = commands.add_parser("compare", help="distances between two surfaces, as JSON")
     one.add_argument("mesh", metavar="MESH")
     one.add_argument("truth", metavar="TRUTH")
     one.add_argument("--samples", type=int, default=30_000, help="points drawn from each surface")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.set_defaults(run=_compare)
 
     add_attack_command(commands)
@@ -120,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(f"{program}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -31,9 +31,9 @@ else:
 
     CONVERGED        |F - c| <= tol at the returned point
     RUNNING          moved by a raw op, not yet judged; no sampler returns it
-    MAX_ITERATIONS   the iteration budget ended first; the point is usable with its own value c =
-    F(p) RANK_DEFICIENT   D_xF is zero, or its rows are nearly parallel, or the step it asks for
-    overflows NON_FINITE       NaN or infinity in F, D_xF, the level or the point
+    MAX_ITERATIONS   the iteration budget ended first; usable with its own value c = F(p)
+    RANK_DEFICIENT   D_xF is zero, or its rows nearly parallel, or the step it asks for overflows
+    NON_FINITE       NaN or infinity in F, D_xF, the level or the point
     NOT_BRACKETED    F - c has one sign at both ends of the segment (false position)
     STALLED          the next point equals this one: the dtype or the box allows no closer one
     """

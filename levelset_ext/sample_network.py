@@ -71,6 +71,10 @@ class SampleNetwork(nn.Module):
 
 
 def _move(field: Field, result: LevelSetResult, frozen: bool, direction: Tensor | None) -> Tensor:
+    if not isinstance(result, LevelSetResult):
+        raise TypeError(
+            f"result: expected the LevelSetResult of a sampler, got {type(result).__name__}"
+        )
     constants: dict[str, Any] = {
         "result.points": result.points,
         "result.values": result.values,

@@ -10,7 +10,7 @@ optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 for _ in range(300):
     found = ls.project(net, 2 * torch.rand(256, 2) - 1)  # Newton: points with net(x) = 0
     p = ls.sample_network(net, found[found.converged])  # the same points, as functions of theta
-    loss = (p.norm(dim=1) - 0.7).abs().mean() if len(p) else net(torch.rand(256, 2)).abs().mean()
+    loss = (p.norm(dim=1) - 0.7).abs().sum() / 256
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

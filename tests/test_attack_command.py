@@ -165,7 +165,7 @@ def test_binary_checkpoint_with_merged_labels(
         (["--restarts", "0"], "restarts: expected at least 1"),
         (["--limit", "0"], "limit: expected at least 1"),
         (["--norm", "l7"], "norm: expected one of linf, l2"),
-        (["--device", "abacus"], "device: expected cpu or"),
+        (["--device", "abacus"], "device: expected one of cpu"),
         (["--split", "all"], "split: expected one of"),
         (["--data", "nowhere"], "nowhere: expected a folder with images"),
         (["--model", "a:b"], "expected CHECKPOINT or --model, got both"),

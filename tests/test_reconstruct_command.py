@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import trimesh
 from levelset_ext.cli import main
 from levelset_ext.errors import InputError
 from levelset_ext.recipes import reconstruct as recipe
-from levelset_ext.recipes.files import load_checkpoint, save_checkpoint
+from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
 
 SMALL = replace(
     recipe.preset("fast", steps=40, seed=3),
@@ -89,6 +89,11 @@ def bad_inputs(folder: Path) -> dict[str, list[str]]:
         "device not there": [str(good), "--device", "cuda:97"],
         "no device": [str(good), "--device", "abacus"],
         "no steps": [str(good), "--steps", "0"],
+        "levels no numbers": [str(good), "--levels", "0,a"],
+        "p below 1": [str(good), "--p", "0.5"],
+        "negative lambda": [str(good), "--lam", "-1", "5"],
+        "negative seed": [str(good), "--seed", "-1"],
+        "huge seed": [str(good), "--seed", str(10**23)],
         "steps no number": [str(good), "--steps", "many"],
     }
 
@@ -119,6 +124,11 @@ KINDS = (
     "device not there",
     "no device",
     "no steps",
+    "levels no numbers",
+    "p below 1",
+    "negative lambda",
+    "negative seed",
+    "huge seed",
     "steps no number",
 )
 
@@ -276,6 +286,29 @@ def test_paper_preset_is_the_supplementary_and_schedules_stretch() -> None:
     assert recipe.preset("paper", steps=500).lam_steps == 100
 
 
+def test_settings_of_the_loss_reach_it() -> None:
+    config = recipe.preset("fast", levels=(0.0, 0.05), p=1.5, lam=(2.0, 3.0))
+    training = recipe.Training(
+        torch.rand(500, 3), replace(config, width=16, projected=20, general=10, pool=50)
+    )
+    projected, general, nearest = training.samples()
+    assert [float(result.level[0]) for result in projected] == pytest.approx([0.0, 0.05])
+    assert [len(result) for result in (*projected, general)] == [10, 10, 10]
+    assert nearest is not None
+    assert training.lam() == 2.0
+    assert training.advance().levels.shape == (3,)
+
+
+def test_every_preset_survives_its_config_file(tmp_path: Path) -> None:
+    for name in recipe.PRESETS:
+        config = recipe.preset(name)
+        write_json(tmp_path / "config.json", asdict(config))
+        text = (tmp_path / "config.json").read_text()
+        assert "Infinity" not in text
+        assert "NaN" not in text
+        assert recipe.config_from(json.loads(text)) == config
+
+
 def test_compare_and_info_print_json(
     whole_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,3 +320,4 @@ def test_compare_and_info_print_json(
     (tmp_path / "points.ply").write_bytes(b"junk")
     assert main(["compare", str(tmp_path / "points.ply"), mesh]) == 2
     assert main(["compare", mesh, mesh, "--samples", "0"]) == 2
+    assert main(["compare", mesh, mesh, "--seed", "-1"]) == 2

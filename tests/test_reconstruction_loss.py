@@ -112,6 +112,39 @@ def test_bad_arguments_are_named() -> None:
         ls.losses.reconstruction(net, samples, cloud, lam=-1.0)
     with pytest.raises(ValueError, match="samples: expected"):
         ls.losses.reconstruction(net, [], cloud)
+    with pytest.raises(TypeError, match="samples: expected LevelSetResults, got Tensor"):
+        ls.losses.reconstruction(net, [cloud], cloud)
+    with pytest.raises(ValueError, match="cloud_batch: expected a tensor of at least one point"):
+        ls.losses.reconstruction(net, samples, cloud, cloud[:0])
+    with pytest.raises(ValueError, match="nearest: expected 1 entries"):
+        ls.losses.reconstruction(net, samples, cloud, nearest=[None, None])
+    with pytest.raises(TypeError, match="result: expected the LevelSetResult"):
+        ls.sample_network(net, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="box: expected numbers as lower, got NaN"):
+        ls.project(net, cloud, box=(math.nan, 1.0))
+
+
+def test_flat_rows_are_left_out_on_request() -> None:
+    net, cloud = Ball(0.9, slope=0.25), sphere_points(100, 1.0)
+    samples = ls.project(net, sphere_points(16, 1.1, seed=4), tol=1e-12)
+    kept = ls.losses.reconstruction(net, samples, cloud, min_slope=0.2)
+    left_out = ls.losses.reconstruction(net, samples, cloud, min_slope=0.3)
+    assert float(kept.levels[0]) > 0.05
+    assert float(left_out.levels[0]) == 0.0
+    left_out.total.backward()
+    assert net.radius.grad is not None
+
+
+def test_a_known_nearest_point_gives_the_same_loss() -> None:
+    net, cloud = Ball(0.9), sphere_points(300, 1.0)
+    samples = ls.level_points(net, 1.2 * sphere_points(40, 1.0, seed=5))
+    _, index = ls.ops.nearest_distance(samples.points, cloud)
+    grads = []
+    for nearest in (None, [None], [index]):
+        net.radius.grad = None
+        ls.losses.reconstruction(net, samples, cloud, nearest=nearest, p=2.0).total.backward()
+        grads.append(float(net.radius.grad))
+    assert grads[0] == grads[1] == grads[2] != 0.0
 
 
 def count(module: torch.nn.Module) -> int:
@@ -150,7 +183,7 @@ def test_sphere_start_is_about_a_signed_distance(activation: str) -> None:
     net = ImplicitMLP(activation=activation).init_sphere_(0.7, generator)
     directions = sphere_points(2000, 1.0).float()
     for radius in (0.3, 0.5, 0.9, 1.0):
-        values = net(directions * radius)[:, 0]
+        values = net(directions * radius)[:, 0].detach()
         assert float((values - (radius - 0.7)).mean().abs()) < 0.05
         assert bool((values.sign() == math.copysign(1, radius - 0.7)).float().mean() > 0.8)
     _, jacobian = ls.value_and_jacobian(net, directions * 0.8)

@@ -23,7 +23,8 @@ struct RankTolerance<float> {
 };
 template <>
 struct RankTolerance<double> {
-  static constexpr double value = 9.5367431640625e-7;  // 2^-20: half of the digits are left
+  static constexpr double value =
+      9.5367431640625e-7;  // 2^-20: a Gram pivot of tau^2 keeps 4 digits
 };
 
 template <typename T>

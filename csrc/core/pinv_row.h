@@ -5,12 +5,10 @@
 // Every row of J is first divided by its length, u_k = j_k / |j_k|, so that differently scaled
 // outputs cost no digits and squares cannot overflow. Then
 //   l = 1   the closed form of Eq. 5;
-//   l = 2   w = u_2 - (u_1 . u_2) u_1: the two rows are orthogonalised instead of inverting the
-//   Gram
-//           determinant 1 - (u_1 . u_2)^2, which cancels in float32;
+//   l = 2   w = u_2 - (u_1 . u_2) u_1: the two rows are orthogonalised. The Gram determinant
+//           1 - (u_1 . u_2)^2 would cancel in float32;
 //   l > 2   Cholesky of the Gram matrix of the u_k, accumulated in double, where products of
-//   float32
-//           numbers are exact; a pivot that cancels is measured on the rows themselves.
+//           float32 numbers are exact. A pivot that cancels is measured on the rows themselves.
 #pragma once
 
 #include <math.h>

@@ -13,7 +13,8 @@ enum class RowTeam { kAuto = 0, kThread = 1, kWarp = 2, kBlock = 3 };
 
 // The team that kAuto picks. A thread streams a short row from its own cache lines; past a few
 // lines per thread the loads of neighbouring threads no longer share lines and a warp reads the row
-// faster. `levelset-ext bench ops` measures the three teams side by side.
+// faster. The two limits follow from the sizes of a cache line and of a block and have not been
+// measured yet: benchmarks/gpu_ops.py times the three teams side by side over d.
 inline RowTeam choose_team(int outputs, std::int64_t columns) {
   constexpr std::int64_t kThreadNumbers = 32, kWarpNumbers = 8192;
   const std::int64_t numbers = outputs * columns;

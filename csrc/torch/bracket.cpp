@@ -25,8 +25,10 @@ BracketTensors prepare_bracket(const Tensor& points, const Tensor& status, const
   const std::int64_t n = points.size(0), d = points.size(1);
   expect_shape(status, "status", "(n,)", {n});
   expect_dtype(status, "status", ScalarType::Char);
+  expect_same_device(status, "status", points, "points");
   expect_shape(bracket, "bracket", "(n, bracket_columns)", {n, kBracketColumns});
   expect_dtype(bracket, "bracket", ScalarType::Double);
+  expect_same_device(bracket, "bracket", points, "points");
   expect_contiguous(points, "points");
   expect_contiguous(status, "status");
   expect_contiguous(bracket, "bracket");
@@ -37,6 +39,7 @@ BracketTensors prepare_bracket(const Tensor& points, const Tensor& status, const
   if (index.has_value()) {
     expect_dim(*index, "index", "(m,)", 1);
     expect_dtype(*index, "index", ScalarType::Long);
+    expect_same_device(*index, "index", points, "points");
   }
   const std::int64_t m = index.has_value() ? index->size(0) : n;
   expect_dim(values, "values", "(m, 1), or (m, 2) at both ends", 2);

@@ -49,13 +49,18 @@ void expect_dtype(const Tensor& t, const char* name, ScalarType expected) {
           dtype_name(t.scalar_type()));
 }
 
+void expect_same_device(const Tensor& t, const char* name, const Tensor& reference,
+                        const char* reference_name) {
+  require(device_name(t) == device_name(reference), name, ": expected the device of ",
+          reference_name, " (", device_name(reference), "), got ", device_name(t));
+}
+
 void expect_same_kind(const Tensor& t, const char* name, const Tensor& reference,
                       const char* reference_name) {
   require(t.scalar_type() == reference.scalar_type(), name, ": expected the dtype of ",
           reference_name, " (", dtype_name(reference.scalar_type()), "), got ",
           dtype_name(t.scalar_type()));
-  require(device_name(t) == device_name(reference), name, ": expected the device of ",
-          reference_name, " (", device_name(reference), "), got ", device_name(t));
+  expect_same_device(t, name, reference, reference_name);
 }
 
 void expect_floating(const Tensor& t, const char* name) {

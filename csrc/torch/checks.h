@@ -39,6 +39,8 @@ std::string format(const Shape& shape);
 void expect_shape(const Tensor& t, const char* name, const char* symbols, const Shape& expected);
 void expect_dim(const Tensor& t, const char* name, const char* symbols, std::int64_t dim);
 void expect_dtype(const Tensor& t, const char* name, ScalarType expected);
+void expect_same_device(const Tensor& t, const char* name, const Tensor& reference,
+                        const char* reference_name);
 void expect_same_kind(const Tensor& t, const char* name, const Tensor& reference,
                       const char* reference_name);        // dtype and device
 void expect_floating(const Tensor& t, const char* name);  // of a dtype its device computes in

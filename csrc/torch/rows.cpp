@@ -93,6 +93,7 @@ NewtonTensors prepare_newton(const Tensor& points, const Tensor& values, const T
   if (status.has_value()) {
     expect_shape(*status, "status", "(n,)", {n});
     expect_dtype(*status, "status", ScalarType::Char);
+    expect_same_device(*status, "status", points, "points");
     t.running = contiguous_or_none(status);
   }
   t.next = torch::stable::new_empty(points, shape_of(points));
@@ -111,9 +112,11 @@ NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status,
   expect_contiguous(status, "status");
   expect_shape(status, "status", "(n,)", {points.size(0)});
   expect_dtype(status, "status", ScalarType::Char);
+  expect_same_device(status, "status", points, "points");
   if (index.has_value()) {
     expect_dim(*index, "index", "(m,)", 1);
     expect_dtype(*index, "index", ScalarType::Long);
+    expect_same_device(*index, "index", points, "points");
   }
   const std::int64_t m = index.has_value() ? index->size(0) : points.size(0);
   NewtonTensors t = prepare_common(points, values, jacobian, level, lower, upper, tol, max_step, m);

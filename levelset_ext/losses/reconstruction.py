@@ -50,7 +50,7 @@ def reconstruction(
             :func:`levelset_ext.sample_network`; rows that cannot move are left out of the mean.
         cloud: X, (N, d). Distances are to all of it.
         cloud_batch: the points x_j of the second sum, (m, d); None takes all of X.
-        lam: lambda > 0.
+        lam: lambda >= 0.
         p: exponent >= 1 of the first sum.
         min_slope: rows with |D_xF| below it are left out (l = 1). p(theta) moves by 1 / |D_xF| for
             a unit of F, but only to first order: where F is flat, as on the medial axis of a shape,
@@ -69,6 +69,12 @@ def reconstruction(
     sets = [samples] if isinstance(samples, LevelSetResult) else list(samples)
     if not sets:
         raise ValueError("samples: expected at least one LevelSetResult, got none")
+    for result in sets:
+        if not isinstance(result, LevelSetResult):
+            raise TypeError(f"samples: expected LevelSetResults, got {type(result).__name__}")
+    for name, points in (("cloud", cloud), ("cloud_batch", cloud_batch)):
+        if points is not None and not (isinstance(points, Tensor) and len(points) > 0):
+            raise ValueError(f"{name}: expected a tensor of at least one point, got {points!r}")
     field = as_field(fn)
 
     if nearest is not None and len(nearest) != len(sets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -29,8 +30,19 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=True) + "\n"
+    text = json.dumps(_plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_whole(path, lambda stream: stream.write(text.encode()))
+
+
+def _plain(content: Any) -> Any:
+    """Infinity and NaN, which JSON lacks, as the strings that float() reads back."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return content
 
 
 def read_json(path: Path) -> Any:

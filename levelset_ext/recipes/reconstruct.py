@@ -76,6 +76,7 @@ class ReconstructConfig:
     lam_power: float = 2.0  # as this power of the steps done
     p: float = 2.0
     min_slope: float = 0.3
+    levels: tuple[float, ...] = (0.0,)  # levels that samples are projected to; T has the others too
     # samples of one step
     projected: int = 512
     general: int = 1024
@@ -136,10 +137,21 @@ PRESETS: dict[str, ReconstructConfig] = {
 }
 
 
-def preset(name: str, steps: int | None = None, seed: int = 0) -> ReconstructConfig:
-    """A preset with another number of steps, its schedules stretched to it, and a seed."""
+def preset(
+    name: str,
+    steps: int | None = None,
+    seed: int = 0,
+    *,
+    levels: tuple[float, ...] | None = None,
+    p: float | None = None,
+    lam: tuple[float, float] | None = None,
+) -> ReconstructConfig:
+    """A preset with another number of steps, its schedules stretched to it, a seed, and settings of
+    Eq. 13: levels to project to (normalised units), exponent, first and last lambda."""
     if name not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")
     values = asdict(PRESETS[name])
     if steps is not None:
         if steps < 1:
@@ -149,6 +161,18 @@ def preset(name: str, steps: int | None = None, seed: int = 0) -> ReconstructCon
         values["halve_at"] = tuple(round(step * stretch) for step in values["halve_at"])
         values["steps"] = steps
     values["seed"] = seed
+    if levels is not None:
+        if not levels or len(levels) > values["projected"] or not np.isfinite(levels).all():
+            raise InputError(f"levels: expected finite numbers, got {levels}")
+        values["levels"] = levels
+    if p is not None:
+        if not 1 <= p < math.inf:
+            raise InputError(f"p: expected an exponent >= 1, got {p}")
+        values["p"] = p
+    if lam is not None:
+        if not (min(lam) >= 0 and max(lam) < math.inf):
+            raise InputError(f"lam: expected two finite numbers >= 0, got {lam}")
+        values["lam_first"], values["lam_last"] = lam
     return config_from(values)
 
 
@@ -161,7 +185,8 @@ def config_from(values: dict[str, Any]) -> ReconstructConfig:
     values = dict(values)
     for name in ("projected_noise", "general_noise"):
         values[name] = tuple(tuple(pair) for pair in values[name])
-    values["halve_at"] = tuple(values["halve_at"])
+    values["halve_at"], values["levels"] = tuple(values["halve_at"]), tuple(values["levels"])
+    values["newton_step"] = float(values["newton_step"])  # JSON has no infinity
     return ReconstructConfig(**values)
 
 
@@ -267,41 +292,46 @@ class Training:
         parts.append(self.low + unit * (self.high - self.low))
         return torch.cat(parts)
 
-    def samples(self) -> tuple[LevelSetResult, LevelSetResult, Tensor | None]:
-        """Points projected to the zero level set, points on whatever level set they lie on, and the
-        cloud points nearest to the latter where the pool knows them."""
+    def samples(self) -> tuple[list[LevelSetResult], LevelSetResult, Tensor | None]:
+        """Points projected to each level, points on whatever level set they lie on, and the cloud
+        points nearest to the latter where the pool knows them."""
         config = self.config
-        zero = project(
-            self.network,
-            self._starts(config.projected, config.projected_noise),
-            max_iters=config.newton_iters,
-            tol=config.newton_tol,
-            max_step=config.newton_step,
-            box=(self.low - config.margin, self.high + config.margin),
-        )
+        share = config.projected // len(config.levels)
+        projected = [
+            project(
+                self.network,
+                self._starts(share, config.projected_noise),
+                level=level,
+                max_iters=config.newton_iters,
+                tol=config.newton_tol,
+                max_step=config.newton_step,
+                box=(self.low - config.margin, self.high + config.margin),
+            )
+            for level in config.levels
+        ]
         if self.pool is None:
             starts, nearest = self._starts(config.general, config.general_noise), None
         else:
             rows = torch.randint(config.pool, (config.general,), generator=self.generator)
             rows = rows.to(self.cloud.device)
             starts, nearest = self.pool[0][rows], self.pool[1][rows]
-        return zero, level_points(self.network, starts), nearest
+        return projected, level_points(self.network, starts), nearest
 
     def advance(self) -> losses.ReconstructionLoss:
         """One step of Eq. 13."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        zero, general, nearest = self.samples()
+        projected, general, nearest = self.samples()
         loss = losses.reconstruction(
             self.network,
-            [zero, general],
+            [*projected, general],
             self.cloud,
             self._rows(config.cloud_points),
             lam=self.lam(),
             p=config.p,
             min_slope=config.min_slope,
-            nearest=[None, nearest],
+            nearest=[*(None for _ in projected), nearest],
         )
         self.optimizer.zero_grad(set_to_none=True)
         if bool(torch.isfinite(loss.total)):
@@ -309,9 +339,10 @@ class Training:
             self.optimizer.step()
         else:
             self.skipped_steps += 1
-        self.converged_rows += int(zero.converged.sum())
-        self.projected_rows += len(zero)
-        for result in (zero, general):
+        for result in projected:
+            self.converged_rows += int(result.converged.sum())
+            self.projected_rows += len(result)
+        for result in (*projected, general):
             self.rank_deficient_rows += int((result.status == Status.RANK_DEFICIENT).sum())
         self.step += 1
         return loss
@@ -365,7 +396,8 @@ def reconstruct(
         config: settings.
         device: where to train.
         resume: continue the run in ``out``; afresh if there is none, nothing to do if it is
-        finished. say: where messages go; progress goes to stderr.
+            finished.
+        say: where messages go; progress goes to stderr.
 
     Returns:
         The contents of metrics.json.
@@ -412,7 +444,7 @@ def reconstruct(
 
 def _check_same_run(out: Path, header: dict[str, Any]) -> None:
     stored = read_json(out / "config.json")
-    if not isinstance(stored, dict) or stored.get("kind") != KIND:
+    if not isinstance(stored, dict) or stored.get("kind") != KIND or "settings" not in stored:
         raise InputError(
             f"{out / 'config.json'}: expected the config of a reconstruction, got another"
         )
@@ -452,13 +484,13 @@ def _train(training: Training, out: Path, seconds: Callable[[], float]) -> dict[
         if last or progress.due():
             recent = {
                 "loss": float(loss.total.detach()),
-                "loss_zero_level": float(loss.levels[0]),
-                "loss_other_levels": float(loss.levels[1]),
+                "loss_projected": float(loss.levels[:-1].sum()),
+                "loss_other_levels": float(loss.levels[-1]),
                 "loss_cloud": float(loss.cloud),
             }
             share = training.converged_rows / training.projected_rows
             note = (
-                f"loss {recent['loss']:.5f} = {recent['loss_zero_level']:.5f} (zero level) + "
+                f"loss {recent['loss']:.5f} = {recent['loss_projected']:.5f} (projected) + "
                 f"{recent['loss_other_levels']:.5f} (others) + {training.lam():.2f} x "
                 f"{recent['loss_cloud']:.5f} (cloud)  converged {100 * share:.1f} %  "
                 f"zero gradient {training.rank_deficient_rows}"

@@ -38,6 +38,8 @@ def box_bounds(box: tuple[object, object] | None, x: Tensor) -> tuple[Tensor | N
                 f"box: expected {name} as a scalar or {tuple(x.shape[1:])}, "
                 f"got {tuple(tensor.shape)}"
             ) from None
+        if bool(tensor.isnan().any()):
+            raise ValueError(f"box: expected numbers as {name}, got NaN")
         corners.append(tensor.reshape(-1).contiguous())
     lower, upper = corners
     if lower is not None and upper is not None and bool((lower > upper).any()):
