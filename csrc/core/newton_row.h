@@ -41,26 +41,40 @@ LEVELSET_HD RowStatus newton_row(const Team& team, const NewtonParams<S>& p, std
       if (length > A(p.max_step)) shrink = A(p.max_step) / length;
     }
   }
-  const bool moves = status == RowStatus::kRunning;
-  // 1 where a column changed, NaN where it is not finite, else 0.
-  const auto visit = [&](std::int64_t j) {
-    const S before = point[j];
-    S after = before;
-    if (moves) {
-      A x = load(before) - shrink * pinv.apply(j);
-      if (p.lower != nullptr && x < load(p.lower[j])) x = load(p.lower[j]);
-      if (p.upper != nullptr && x > load(p.upper[j])) x = load(p.upper[j]);
-      after = store<S>(x);
-    }
+  if (status != RowStatus::kRunning) {
+    // NaN where the point itself is not finite, else 0.
+    const A spoiled = team.template reduce<Sum, 1, A>(d,
+                                                      [&](std::int64_t j) {
+                                                        const S x = point[j];
+                                                        next[j] = x;
+                                                        return Partial<A, 1>{{load(x) - load(x)}};
+                                                      })
+                          .value[0];
+    return spoiled == A(0) ? status : RowStatus::kNonFinite;
+  }
+  // Two sums: columns that changed, and 0 or NaN for columns that are finite or not.
+  const bool boxed = p.lower != nullptr || p.upper != nullptr;
+  const auto land = [&](std::int64_t j, A x) {
+    const S after = store<S>(x);
+    const A from = load(point[j]), to = load(after);
     next[j] = after;
-    const A to = load(after);
-    const A zero_or_nan = to - to;
-    return Partial<A, 1>{{to != load(before) ? A(1) + zero_or_nan : zero_or_nan}};
+    return Partial<A, 2>{{to != from ? A(1) : A(0), to - to}};
   };
-  const A changed = team.template reduce<MaxKeepingNan, 1, A>(d, visit).value[0];
-  if (moves && changed == A(0)) status = RowStatus::kStalled;
-  if (changed != changed) status = RowStatus::kNonFinite;
-  return status;
+  const Partial<A, 2> landed =
+      boxed ? team.template reduce<Sum, 2, A>(d,
+                                              [&](std::int64_t j) {
+                                                A x = load(point[j]) - shrink * pinv.apply(j);
+                                                if (p.lower != nullptr && x < load(p.lower[j]))
+                                                  x = load(p.lower[j]);
+                                                if (p.upper != nullptr && x > load(p.upper[j]))
+                                                  x = load(p.upper[j]);
+                                                return land(j, x);
+                                              })
+            : team.template reduce<Sum, 2, A>(d, [&](std::int64_t j) {
+                return land(j, load(point[j]) - shrink * pinv.apply(j));
+              });
+  if (landed.value[1] != A(0)) return RowStatus::kNonFinite;
+  return landed.value[0] > A(0) ? RowStatus::kRunning : RowStatus::kStalled;
 }
 
 // The whole update of row i: who it is, whether it takes part, where its result goes.

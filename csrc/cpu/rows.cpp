@@ -21,23 +21,29 @@ void specialised(const Params& p, Run run) {
 
 }  // namespace
 
+// The parameters are copied before each loop: the loops write int8_t, which may alias anything that
+// has an address outside, and the compiler would load every pointer again for every row.
+
 template <typename S>
-void pinv_apply(const PinvParams<S>& p, std::int64_t begin, std::int64_t end) {
-  specialised(p, [&](auto l, auto d) {
+void pinv_apply(const PinvParams<S>& params, std::int64_t begin, std::int64_t end) {
+  specialised(params, [&](auto l, auto d) {
+    const PinvParams<S> p = params;
     for (std::int64_t i = begin; i < end; ++i) pinv_apply_row<S, S, l()>(SerialTeam{}, p, i, d);
   });
 }
 
 template <typename S>
-void pinv_adjoint(const PinvParams<S>& p, std::int64_t begin, std::int64_t end) {
-  specialised(p, [&](auto l, auto d) {
+void pinv_adjoint(const PinvParams<S>& params, std::int64_t begin, std::int64_t end) {
+  specialised(params, [&](auto l, auto d) {
+    const PinvParams<S> p = params;
     for (std::int64_t i = begin; i < end; ++i) pinv_adjoint_row<S, S, l()>(SerialTeam{}, p, i, d);
   });
 }
 
 template <typename S>
-void newton_update(const NewtonParams<S>& p, std::int64_t begin, std::int64_t end) {
-  specialised(p, [&](auto l, auto d) {
+void newton_update(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end) {
+  specialised(params, [&](auto l, auto d) {
+    const NewtonParams<S> p = params;
     for (std::int64_t i = begin; i < end; ++i) newton_update_row<S, S, l()>(SerialTeam{}, p, i, d);
   });
 }
