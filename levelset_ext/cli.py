@@ -17,6 +17,7 @@ from levelset_ext._load import build_info
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
+from levelset_ext.recipes.progress import say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,10 +26,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
@@ -46,10 +43,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
     cloud = load_cloud(args.scan, args.seed)
-    metrics = reconstruct(
-        cloud, Path(args.out), config, device=device, resume=args.resume, say=_say
-    )
-    _say(
+    metrics = reconstruct(cloud, Path(args.out), config, device=device, resume=args.resume, say=say)
+    say(
         f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
         f"{metrics['components']} component(s), "
         f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"

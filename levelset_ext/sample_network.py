@@ -52,7 +52,7 @@ def sample_network(
         ValueError: ``direction`` has another shape than the points, or l > 1; ``fn`` has another l
             than the result.
     """
-    return _move(as_field(fn), result, frozen, direction)
+    return move_points(as_field(fn), result, frozen, direction)
 
 
 class SampleNetwork(nn.Module):
@@ -70,7 +70,10 @@ class SampleNetwork(nn.Module):
         return sample_network(self.network, result, frozen=self.frozen, direction=direction)
 
 
-def _move(field: Field, result: LevelSetResult, frozen: bool, direction: Tensor | None) -> Tensor:
+def move_points(
+    field: Field, result: LevelSetResult, frozen: bool = False, direction: Tensor | None = None
+) -> Tensor:
+    """:func:`sample_network` of a field that :func:`as_field` has prepared already."""
     if not isinstance(result, LevelSetResult):
         raise TypeError(
             f"result: expected the LevelSetResult of a sampler, got {type(result).__name__}"

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import trimesh
 
 from levelset_ext.errors import InputError
+from levelset_ext.whole_files import write_whole
 
 Column = np.ndarray | list[np.ndarray]
 
@@ -518,15 +519,5 @@ def write_mesh(
     triangles = np.zeros(len(index), np.dtype([("n", "u1"), ("index", "<i4", (3,))]))
     triangles["n"], triangles["index"] = 3, index
 
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as stream:
-            stream.write(("\n".join(header) + "\n").encode("ascii"))
-            stream.write(rows.tobytes())
-            stream.write(triangles.tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    blob = ("\n".join(header) + "\n").encode("ascii") + rows.tobytes() + triangles.tobytes()
+    write_whole(Path(path), lambda stream: stream.write(blob))

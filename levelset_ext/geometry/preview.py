@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.spatial import cKDTree
 
 from levelset_ext.geometry.compare import TriangleMesh
+from levelset_ext.whole_files import write_whole
 
 PANEL = 560  # pixels of one panel, of which there are two by two
 _SCALE = 2  # drawn this much larger, then averaged down
@@ -76,13 +77,7 @@ def render_preview(path: str | os.PathLike[str], cloud: np.ndarray, mesh: Triang
     image = Image.fromarray(np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8), "RGB")
     _caption(image, f"input: {len(points):,} points", f"level set: {len(faces):,} triangles")
 
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        image.save(beside, format="PNG", optimize=False)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(Path(path), lambda stream: image.save(stream, format="PNG", optimize=False))
 
 
 def _camera(azimuth: float, elevation: float) -> np.ndarray:

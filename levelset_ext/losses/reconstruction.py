@@ -11,7 +11,7 @@ from torch import Tensor
 from levelset_ext import ops
 from levelset_ext.field import Field, as_field, evaluate
 from levelset_ext.result import LevelSetResult
-from levelset_ext.sample_network import sample_network
+from levelset_ext.sample_network import move_points
 
 __all__ = ["ReconstructionLoss", "reconstruction"]
 
@@ -84,7 +84,7 @@ def reconstruction(
     known = list(nearest) if nearest is not None else [None] * len(sets)
     together = LevelSetResult.cat([result[rows] for result, rows in zip(sets, usable, strict=True)])
     sizes = [int(rows.sum()) for rows in usable]
-    points = sample_network(field, together)
+    points = move_points(field, together)
     index = torch.cat(
         [
             ops.nearest_distance(part, cloud)[1] if found is None else found[rows]

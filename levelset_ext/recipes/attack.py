@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -42,8 +41,9 @@ from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.classifiers import load_classifier, load_foreign
 from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.files import prepare_folder, read_json, write_json, write_whole
-from levelset_ext.recipes.progress import Progress
+from levelset_ext.recipes.files import prepare_folder, read_json, write_json
+from levelset_ext.recipes.progress import Progress, say
+from levelset_ext.whole_files import write_whole
 
 __all__ = ["AttackConfig", "add_attack_command", "run_attack"]
 
@@ -418,10 +418,10 @@ def _command(args: argparse.Namespace) -> None:
         out=None if args.out is None else Path(args.out),
         source=source,
         resume=args.resume,
-        say=_say,
+        say=say,
     )
     for sentence in metrics["alarms"]:
-        _say(f"alarm: {sentence}")
+        say(f"alarm: {sentence}")
     print(json.dumps(metrics, indent=2))
 
 
@@ -449,7 +449,3 @@ def _network(
         if not isinstance(options, dict):
             raise InputError(f"model-options: expected a JSON object, got {args.model_options!r}")
     return load_foreign(factory, args.weights, options, device)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and checkpoints."""
+"""The files of a run: JSON, checkpoints, and the folder they are in."""
 
 from __future__ import annotations
 
@@ -6,27 +6,13 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from levelset_ext.errors import InputError
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Calls ``write`` with a file beside ``path``, then renames it: a reader, or a process killed
-    at any moment, sees the old file or the new one and never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+from levelset_ext.whole_files import write_whole
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,6 +8,11 @@ import time
 from typing import TextIO
 
 
+def say(text: str) -> None:
+    """A message to a person: stderr, as stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def peak_memory_gb() -> float:
     """Largest resident memory of this process so far, in GB (10^9 bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
