@@ -18,6 +18,7 @@ from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.train import add_train_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,6 +120,7 @@ def _parser() -> _Parser:
     one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.set_defaults(run=_compare)
 
+    add_train_command(commands)
     add_attack_command(commands)
 
     one = commands.add_parser("info", help="versions, compiler, CUDA and devices, as JSON")

@@ -212,8 +212,9 @@ def test_the_walk_keeps_the_last_place_on_its_own_side():
         return margin(net(points), y[rows])
 
     eps, steps = torch.full((50,), 0.3).double(), torch.full((50,), 0.03).double()
+    start = (x + 0.3 * (2 * torch.rand(x.shape, generator=seeded()).double() - 1)).clamp(0, 1)
     before, after, values, crossed = _walk(
-        field, x, margins, correct, eps, steps, 20, (0.0, 1.0), True, seeded()
+        field, x, start, margins, correct, eps, steps, 20, (0.0, 1.0)
     )
     here = margin(net(before), y).detach()
     there = margin(net(after), y).detach()

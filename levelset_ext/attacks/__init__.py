@@ -9,6 +9,7 @@ from levelset_ext.attacks.evaluate import (
     evaluate,
     parse_attacks,
 )
+from levelset_ext.attacks.linearity import LocalLinearity, local_linearity
 from levelset_ext.attacks.pgd import OBJECTIVES, Attacked, multi_targeted, pgd
 from levelset_ext.attacks.prepare import attack_copy, random_start
 from levelset_ext.attacks.report import alarms
@@ -20,11 +21,13 @@ __all__ = [
     "Attacked",
     "DeepFooled",
     "Evaluation",
+    "LocalLinearity",
     "advertorch_pgd",
     "alarms",
     "attack_copy",
     "deepfool",
     "evaluate",
+    "local_linearity",
     "multi_targeted",
     "parse_attacks",
     "pgd",

@@ -41,6 +41,11 @@ def _margin(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
     return -margin(logits, y, check=False)
 
 
+def _slm(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
+    own = logits.gather(1, y[:, None])[:, 0]
+    return logits.scatter(1, y[:, None], float("-inf")).logsumexp(1) - own
+
+
 def _rescaled_xent(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
     # Where the margin is large, 1 - softmax vanishes in floating point and the gradient with it.
     # Divided by its own margin, every row looks at its rivals from a distance of 1.
@@ -56,6 +61,7 @@ def _targeted(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
 OBJECTIVES: dict[str, Objective] = {
     "xent": _xent,
     "margin": _margin,
+    "slm": _slm,
     "rescaled-xent": _rescaled_xent,
     "targeted": _targeted,
 }
@@ -112,7 +118,9 @@ def pgd(
         x: (n, *event) in [0, 1].
         y: (n,) integers.
         objective: what is increased, one of :data:`OBJECTIVES`: "xent", cross entropy; "margin",
-            -F^y; "rescaled-xent", cross entropy of the logits divided by max(1, |F^y|) of the row;
+            -F^y; "slm", the soft logit margin log sum_{j != y} exp f_j - f_y, whose gradient is
+            that of cross entropy over 1 - softmax_y and so does not vanish with it;
+            "rescaled-xent", cross entropy of the logits divided by max(1, |F^y|) of the row;
             "targeted", f_t - f_y with t from ``targets``.
         eps: radius of the ball. step: length of a step. iters: steps per restart.
         restarts: how many starts; a row leaves at the first one that breaks it.
@@ -337,14 +345,14 @@ def _ascend(
     points = x.clone()
     broke = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
     here = torch.arange(len(x), device=x.device)  # where in the result the rows of the batch are
-    delta = (x + delta).clamp_(0, 1).sub_(x)
-    for t in range(settings.iters):
-        with torch.enable_grad():
-            delta.requires_grad_()
-            out = logits(x + delta)
-            gradient = input_gradient(objective(out, y, targets), delta)
-        delta = delta.detach()
-        if early_stop:
+    if early_stop:
+        delta = (x + delta).clamp_(0, 1).sub_(x)
+        for t in range(settings.iters):
+            with torch.enable_grad():
+                delta.requires_grad_()
+                out = logits(x + delta)
+                gradient = input_gradient(objective(out, y, targets), delta)
+            delta = delta.detach()
             right = margin(out.detach(), y, check=False) > 0  # NaN is not right either
             if not bool(right.all()):
                 wrong = ~right
@@ -355,7 +363,9 @@ def _ascend(
                 targets = None if targets is None else targets[right]
                 if len(x) == 0:
                     return points, broke
-        delta = _moved(x, delta, gradient, settings)
+            delta = _moved(x, delta, gradient, settings)
+    else:
+        delta = climb(lambda offset: objective(logits(x + offset), y, targets), x, delta, settings)
     last = (x + delta).clamp_(0, 1)
     with torch.no_grad():
         wrong = ~(margin(logits(last.clone()), y, check=False) > 0)
@@ -364,7 +374,38 @@ def _ascend(
     return points, broke
 
 
-def _moved(x: Tensor, delta: Tensor, gradient: Tensor, settings: Settings) -> Tensor:
+def climb(
+    value: Callable[[Tensor], Tensor],
+    x: Tensor,
+    delta: Tensor,
+    settings: Settings,
+    *,
+    clip: bool = True,
+) -> Tensor:
+    """Projected ascent on anything: all rows take all ``settings.iters`` steps.
+
+    Args:
+        value: offsets (n, *event) -> (n,), what every row increases; differentiable.
+        x: (n, *event), the centres of the balls.
+        delta: (n, *event), the offsets to start from.
+        settings: eps, step, iters and norm are used.
+        clip: whether x + delta stays in [0, 1].
+
+    Returns:
+        The offsets after the last step, detached; ``value`` has not been evaluated at them.
+    """
+    delta = (x + delta).clamp_(0, 1).sub_(x) if clip else delta.detach().clone()
+    for _ in range(settings.iters):
+        with torch.enable_grad():
+            delta.requires_grad_()
+            gradient = input_gradient(value(delta), delta)
+        delta = _moved(x, delta.detach(), gradient, settings, clip)
+    return delta
+
+
+def _moved(
+    x: Tensor, delta: Tensor, gradient: Tensor, settings: Settings, clip: bool = True
+) -> Tensor:
     """The offsets after one step."""
     eps, step = settings.eps, settings.step
     if settings.norm == "linf":
@@ -379,4 +420,4 @@ def _moved(x: Tensor, delta: Tensor, gradient: Tensor, settings: Settings) -> Te
         delta = delta + gradient * per_row(step / size, gradient)
         size = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         delta = delta * per_row(torch.where(size > eps, eps / size, 1.0), delta)
-    return (x + delta).clamp_(0, 1).sub_(x)
+    return (x + delta).clamp_(0, 1).sub_(x) if clip else delta

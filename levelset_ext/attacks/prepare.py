@@ -78,7 +78,7 @@ def attack_copy(model: LogitsFunction, *, binary: bool = False) -> LogitsFunctio
         for name, buffer in model.named_buffers():
             if bool(torch.isnan(buffer).any()):  # inf may be meant, as in a mask
                 raise ValueError(f"model: expected finite weights, got NaN in the buffer {name}")
-        logits = _without_gradients(evaluation_copy(model))
+        logits = without_gradients(evaluation_copy(model))
 
     def evaluate(x: Tensor) -> Tensor:
         out = logits(x)
@@ -105,7 +105,7 @@ def attack_copy(model: LogitsFunction, *, binary: bool = False) -> LogitsFunctio
     return evaluate
 
 
-def _without_gradients(clone: nn.Module) -> nn.Module:
+def without_gradients(clone: nn.Module) -> nn.Module:
     """Replaces the parameters of a clone by ones on the same memory that want no gradient."""
     quiet: dict[int, nn.Parameter] = {}
     for module in clone.modules():

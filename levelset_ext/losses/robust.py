@@ -15,7 +15,7 @@ from levelset_ext.samplers.boundary import BoundarySamples, margin_field
 
 __all__ = ["DISTANCES", "RobustLoss", "boundary_distance", "robust"]
 
-DISTANCES = ("rho", "linf", "l2", "l1")
+DISTANCES = ("rho", "linf", "l2", "l1", "along")
 
 
 class RobustLoss(NamedTuple):
@@ -51,7 +51,11 @@ def robust(
         eps: target distances eps_j >= 0: a number, (N,), or a pair for correct and wrong examples.
             The gradient of a wrong example does not depend on its eps.
         lam: weights lam_j: a number, (N,), or a pair for correct and wrong examples.
-        distance: d of :func:`boundary_distance`; the paper's is "rho".
+        distance: d of :func:`boundary_distance`; the paper's is "rho". With "along" the points move
+            along the line from their example, and not along the gradient: what is controlled is
+            where the boundary cuts the line on which the point was found. Its gradient is divided
+            by the slope of F on that line, which varies far less from point to point than
+            max_i |D_xF_i|.
 
     Returns:
         :class:`RobustLoss`. The gradient reaches the parameters through p(theta) alone: signs, x
@@ -75,8 +79,10 @@ def robust(
         nothing = zero.detach()
         return RobustLoss(zero, nothing, nothing, torch.full_like(nothing, torch.nan))
     labels = y.to(x.device)[samples.rows]
-    points = sample_network(margin_field(field, labels), samples.result)
-    d = boundary_distance(x.detach()[samples.rows], points, samples.result, distance)
+    centres = x.detach()[samples.rows]
+    direction = samples.result.points - centres if distance == "along" else None
+    points = sample_network(margin_field(field, labels), samples.result, direction=direction)
+    d = boundary_distance(centres, points, samples.result, distance)
     signed = torch.where(samples.correct, d, -d)
     terms = weights * (targets - signed).clamp(min=0)
     with torch.no_grad():
@@ -92,13 +98,13 @@ def boundary_distance(x: Tensor, points: Tensor, result: LevelSetResult, distanc
         x, points: (m, *event).
         result: what the points are samples of; its Jacobian chooses the coordinate of "rho".
         distance: "rho" is |x_i - p_i| in the coordinate i in which |D_xF(p)| is largest; "linf",
-            "l2" and "l1" are norms of x - p. "rho" <= "linf".
+            "l2" and "l1" are norms of x - p; "along" is that of "linf". "rho" <= "linf".
     """
     offset = (x - points).flatten(1)
     if distance == "rho":
         axis = result.jacobian[:, 0].flatten(1).abs().argmax(1, keepdim=True)
         return offset.gather(1, axis)[:, 0].abs()
-    if distance == "linf":
+    if distance in ("linf", "along"):
         # amax shares the gradient among coordinates at the same distance, of which a point that
         # was clamped to a box has many.
         return offset.abs().amax(1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -41,8 +40,9 @@ from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.classifiers import load_classifier, load_foreign
 from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.files import prepare_folder, read_json, write_json
+from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import Progress, say
+from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.whole_files import write_whole
 
 __all__ = ["AttackConfig", "add_attack_command", "run_attack"]
@@ -50,7 +50,7 @@ __all__ = ["AttackConfig", "add_attack_command", "run_attack"]
 KIND = "levelset_ext attack 1"
 # What the paper attacks with (eps, step, iterations).
 _DEFAULTS = {"cifar10": (0.031, 0.003, 20), "": (0.3, 0.01, 40)}
-_FILES = ("metrics.json", "examples.csv", "adversarial.npz", "config.json")
+_RESULTS = ("examples.csv", "adversarial.npz", "parts")
 
 
 @dataclass(frozen=True)
@@ -105,27 +105,27 @@ def run_attack(
         if resume:
             raise InputError("resume: expected --out with the folder of the run")
         return _metrics(model, _all_parts(model, data, config, source, None), config)
-    prepare_folder(out)
     header = {
         "kind": KIND,
-        "model": _digest(*model.state_dict().values()),
-        "source": None if source is None else _digest(*source.state_dict().values()),
-        "data": _digest(data.images, data.labels),
+        "model": digest(*model.state_dict().values()),
+        "source": None if source is None else digest(*source.state_dict().values()),
+        "data": digest(data.images, data.labels),
         "data_name": data.name,
         "rows": len(data),
         "settings": asdict(config),
     }
+    finished = begin_run(
+        out,
+        header,
+        results=_RESULTS,
+        what="an attack",
+        same="the run of the same network, data and settings",
+        resume=resume,
+        say=say,
+    )
+    if finished is not None:
+        return finished
     parts = out / "parts"
-    if resume and (out / "config.json").exists():
-        _check_same_run(out, header)
-        if (out / "metrics.json").exists():
-            say(f"{out}: this run is finished; nothing to do")
-            return read_json(out / "metrics.json")
-    else:
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(parts, ignore_errors=True)
-        write_json(out / "config.json", header)
     parts.mkdir(exist_ok=True)
     evaluation = _all_parts(model, data, config, source, parts)
     write_whole(out / "examples.csv", lambda stream: _write_csv(stream, evaluation, data))
@@ -142,30 +142,6 @@ def run_attack(
     write_json(out / "metrics.json", metrics)
     shutil.rmtree(parts, ignore_errors=True)
     return metrics
-
-
-def _digest(*tensors: Tensor) -> str:
-    """SHA-256 of shapes, types and contents."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        array = np.ascontiguousarray(tensor.detach().cpu().float().numpy())
-        digest.update(f"{array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def _check_same_run(out: Path, header: dict[str, Any]) -> None:
-    stored = read_json(out / "config.json")
-    if not isinstance(stored, dict) or stored.get("kind") != KIND:
-        raise InputError(f"{out / 'config.json'}: expected the config of an attack, got another")
-    wanted = json.loads(json.dumps(header))
-    changed = [k for k in wanted if k != "settings" and stored.get(k) != wanted[k]]
-    settings = stored.get("settings") or {}
-    changed += [k for k, v in wanted["settings"].items() if settings.get(k) != v]
-    if changed:
-        raise InputError(
-            f"{out}: expected the run of the same network, data and settings to resume, got other "
-            f"{', '.join(changed)}"
-        )
 
 
 def _all_parts(

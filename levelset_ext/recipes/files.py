@@ -16,18 +16,18 @@ from levelset_ext.whole_files import write_whole
 
 
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(_plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(plain(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
-def _plain(content: Any) -> Any:
+def plain(content: Any) -> Any:
     """Infinity and NaN, which JSON lacks, as the strings that float() reads back."""
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [plain(value) for value in content]
     return content
 
 

@@ -34,14 +34,9 @@ from levelset_ext.geometry.compare import compare_meshes
 from levelset_ext.geometry.extract import Mesh, extract_mesh
 from levelset_ext.geometry.preview import render_preview
 from levelset_ext.networks import ImplicitMLP
-from levelset_ext.recipes.files import (
-    load_checkpoint,
-    prepare_folder,
-    read_json,
-    save_checkpoint,
-    write_json,
-)
+from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb
+from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers import level_points, project
 
@@ -405,17 +400,19 @@ def reconstruct(
     Raises:
         InputError: ``out`` cannot be written, or holds the run of another cloud or other settings.
     """
-    prepare_folder(out)
     header = {"kind": KIND, "cloud": cloud.name, "digest": cloud.digest, "settings": asdict(config)}
-    if resume and (out / "config.json").exists():
-        _check_same_run(out, header)
-        if (out / "metrics.json").exists():
-            say(f"{out}: this run is finished; nothing to do")
-            return read_json(out / "metrics.json")
-    else:
-        for name in ("metrics.json", "mesh.ply", "preview.png", "checkpoint.pt", "config.json"):
-            (out / name).unlink(missing_ok=True)
-        write_json(out / "config.json", header)
+    finished = begin_run(
+        out,
+        header,
+        results=("mesh.ply", "preview.png", "checkpoint.pt"),
+        what="a reconstruction",
+        same="a run with the same settings",
+        named="cloud",
+        resume=resume,
+        say=say,
+    )
+    if finished is not None:
+        return finished
 
     began = time.monotonic()
     normal = Normalization.fit(cloud.points)
@@ -440,28 +437,6 @@ def reconstruct(
     metrics["seconds"] = spent + time.monotonic() - began
     write_json(out / "metrics.json", metrics)
     return metrics
-
-
-def _check_same_run(out: Path, header: dict[str, Any]) -> None:
-    stored = read_json(out / "config.json")
-    if not isinstance(stored, dict) or stored.get("kind") != KIND or "settings" not in stored:
-        raise InputError(
-            f"{out / 'config.json'}: expected the config of a reconstruction, got another"
-        )
-    if stored.get("digest") != header["digest"]:
-        raise InputError(
-            f"{out}: expected the run of {header['cloud']}, got one of {stored['cloud']}"
-        )
-    if config_from(stored["settings"]) != config_from(header["settings"]):
-        changed = [
-            k
-            for k, v in asdict(config_from(stored["settings"])).items()
-            if v != header["settings"][k]
-        ]
-        raise InputError(
-            f"{out}: expected a run with the same settings to resume, got other "
-            f"{', '.join(changed)}"
-        )
 
 
 def _train(training: Training, out: Path, seconds: Callable[[], float]) -> dict[str, float]:

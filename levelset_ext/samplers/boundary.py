@@ -35,6 +35,7 @@ class BoundarySamples:
         margins: (N,), F^y at the examples themselves, of all of them.
         crossed: (N,) bool, examples whose steps reached the other side. Those of them that are not
             in ``rows`` were dropped, as |margin| was too large after the search.
+        ends: (N, *event), where the steps of each example ended: across the boundary if it crossed.
     """
 
     result: LevelSetResult
@@ -42,6 +43,7 @@ class BoundarySamples:
     correct: Tensor
     margins: Tensor
     crossed: Tensor
+    ends: Tensor
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -71,6 +73,7 @@ def find_boundary(
     step_eps: float | None = None,
     box: tuple[float, float] | None = (0.0, 1.0),
     random_start: bool = True,
+    start: Tensor | None = None,
     max_iters: int = 40,
     tol: float = 1e-5,
     variant: str = "anderson_bjorck",
@@ -83,6 +86,9 @@ def find_boundary(
     the margin towards the other side of its boundary: a correct example towards a mistake, a wrong
     one (a tie counts as wrong) towards its label. It stops as soon as the margin has changed sign;
     the last two places and their known values are the bracket that false position starts from.
+
+    Under ``torch.autocast`` the steps, of which only signs count, run in reduced precision; the
+    search and what it returns do not.
 
     Args:
         fn: classifier (n, *event) -> logits (n, K), K >= 2, or one logit (n,) or (n, 1). Only
@@ -98,9 +104,11 @@ def find_boundary(
             in proportion. Wrong examples step by ``step``.
         box: (low, high) that all points stay within; None for no limits.
         random_start: start at the example itself instead if False.
+        start: (n, *event), places to start at, brought into the boxes; ``random_start`` then does
+            not count. The ``ends`` of a visit, with x at most a little changed since, save steps.
         max_iters, tol, variant: of :func:`levelset_ext.false_position`.
         keep_below: points with |margin| >= this are dropped after the search.
-        generator: source of the random start, on the device of x.
+        generator: source of the random start, on any device.
 
     Returns:
         :class:`BoundarySamples`. Examples with a margin that is not finite, or that did not cross,
@@ -117,6 +125,8 @@ def find_boundary(
         raise ValueError(f"step_eps: expected a length > 0, got {step_eps!r}")
     if box is not None and not box[0] <= box[1]:
         raise ValueError(f"box: expected low <= high, got {box!r}")
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start: expected shape {tuple(x.shape)}, got {tuple(start.shape)}")
     if not keep_below > 0:
         raise ValueError(f"keep_below: expected a number > 0, got {keep_below!r}")
     field = as_field(fn)
@@ -138,24 +148,42 @@ def find_boundary(
         eps = torch.where(correct, *widths)
         if step_eps is not None:
             steps = torch.where(correct, steps * (widths[0] / step_eps), steps)
+        if start is None and random_start:
+            # One draw per coordinate of the whole batch: a row's does not depend on the others.
+            source = x.device if generator is None else generator.device
+            noise = torch.rand(x.shape, dtype=x.dtype, device=source, generator=generator)
+            start = x + _wide(eps, x) * (2 * noise.to(x.device) - 1)
+        start = _within(x if start is None else start.detach().to(x), x, _wide(eps, x), box)
         before, after, values, crossed = _walk(
-            row_field, x, margins, correct, eps, steps, iters, box, random_start, generator
+            row_field, x, start, margins, correct, eps, steps, iters, box
         )
         rows = everyone[crossed]
-        result = search_segments(
-            lambda points, k: row_field(points, rows[k]),
-            before[rows],
-            after[rows],
-            0.0,
-            max_iters,
-            tol,
-            variant,
-            start_values=values[rows, 0],
-            end_values=values[rows, 1],
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            result = search_segments(
+                lambda points, k: row_field(points, rows[k]),
+                before[rows],
+                after[rows],
+                0.0,
+                max_iters,
+                tol,
+                variant,
+                start_values=values[rows, 0],
+                end_values=values[rows, 1],
+            )
         near = result.residual < keep_below
         rows = rows[near]
-        return BoundarySamples(result[near], rows, correct[rows], margins, crossed)
+        return BoundarySamples(result[near], rows, correct[rows], margins, crossed, after)
+
+
+def _wide(rows: Tensor, like: Tensor) -> Tensor:
+    """(n,) shaped to multiply (n, *event)."""
+    return rows.view(-1, *(1,) * (like.dim() - 1))
+
+
+def _within(points: Tensor, x: Tensor, widths: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """Points brought into the L_inf boxes around x and into ``box``."""
+    points = torch.minimum(torch.maximum(points, x - widths), x + widths)
+    return points if box is None else points.clamp(box[0], box[1])
 
 
 def _per_row(name: str, value: float | Tensor, x: Tensor, least: float | None) -> Tensor:
@@ -176,34 +204,21 @@ def _per_row(name: str, value: float | Tensor, x: Tensor, least: float | None) -
 def _walk(
     field: RowField,
     x: Tensor,
+    start: Tensor,
     margins: Tensor,
     correct: Tensor,
     eps: Tensor,
     steps: Tensor,
     iters: int,
     box: tuple[float, float] | None,
-    random_start: bool,
-    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sign-gradient steps on the margin. A row that has crossed is not evaluated again.
 
     Returns the last place on the row's own side, the first on the other, F at both (n, 2), and
     which rows crossed.
     """
-
-    def wide(rows: Tensor) -> Tensor:
-        return rows.view(-1, *(1,) * (x.dim() - 1))
-
-    def clamp(points: Tensor) -> Tensor:
-        return points if box is None else points.clamp(box[0], box[1])
-
     before, values = x.clone(), torch.stack([margins, margins], 1)
-    after = x
-    if random_start:
-        # One draw per coordinate of the whole batch: what a row gets does not depend on the others.
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        after = clamp(x + wide(eps) * (2 * noise - 1))
-    after = after.clone()
+    after = start.clone()
     crossed = torch.zeros_like(correct)
     rows = torch.nonzero(torch.isfinite(margins)).squeeze(1)
     for iteration in range(iters + 1):
@@ -228,7 +243,6 @@ def _walk(
         here, origin = here[stays], x[rows]
         before[rows], values[rows, 0] = here, value[stays]
         length = torch.where(correct[rows], -steps[rows], steps[rows])
-        move = here + wide(length) * gradient[stays].sign()
-        width = wide(eps[rows])
-        after[rows] = clamp(torch.minimum(torch.maximum(move, origin - width), origin + width))
+        move = here + _wide(length, x) * gradient[stays].sign()
+        after[rows] = _within(move, origin, _wide(eps[rows], x), box)
     return before, after, values, crossed

@@ -1,0 +1,310 @@
+"""The paper's two objectives for classifiers: Eq. 12 and Eq. 11 with the points they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from levelset_ext.attacks.pgd import Settings, climb
+from levelset_ext.field import Field, evaluation_copy
+from levelset_ext.losses.geometric_svm import NORMS, geometric_svm
+from levelset_ext.losses.robust import DISTANCES, robust
+from levelset_ext.margin import margin
+from levelset_ext.objectives.base import Step
+from levelset_ext.objectives.common import (
+    as_classes,
+    check_fields,
+    search_logits,
+    uniform_start,
+    warm_offsets,
+)
+from levelset_ext.samplers.boundary import BoundarySamples, find_boundary
+
+__all__ = ["GeometricSvm", "Robust", "refresh_statistics"]
+
+
+def refresh_statistics(network: nn.Module, x: Tensor) -> None:
+    """Moves the running statistics of batch norms in train mode towards those of x.
+
+    The points of a level set, their levels, D_xF and p(theta) have to belong to one function. With
+    the statistics of a batch they do not: every subset of rows has a function of its own. The
+    objectives here therefore evaluate the network in eval mode throughout, and this one forward in
+    train mode, without a graph, is what makes its running statistics follow the weights. A network
+    without such layers is not evaluated.
+    """
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    if any(isinstance(m, norms) and m.training for m in network.modules()):
+        with torch.no_grad():
+            network(x)
+
+
+@dataclass(frozen=True)
+class GeometricSvm:
+    """Eq. 11 for binary networks.
+
+    alpha, distance: of :func:`levelset_ext.losses.geometric_svm`. lam grows linearly from
+    ``lam_first`` to ``lam`` over the training. max_iters, tol: of the projections.
+    """
+
+    alpha: float = -1.0
+    lam: float = 0.001
+    lam_first: float = 0.001
+    distance: str = "linf"
+    max_iters: int = 20
+    tol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.distance not in NORMS:
+            raise ValueError(f"distance: expected one of {', '.join(NORMS)}, got {self.distance!r}")
+        if not self.alpha < 0:
+            raise ValueError(f"alpha: expected an exponent < 0, got {self.alpha!r}")
+        check_fields(
+            self, not_negative=("lam", "lam_first"), positive=("tol",), counts=("max_iters",)
+        )
+
+    def __call__(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        progress: float = 1.0,
+    ) -> Step:
+        refresh_statistics(network, x)
+        loss = geometric_svm(
+            network,
+            x,
+            y,
+            alpha=self.alpha,
+            lam=self.lam_first + (self.lam - self.lam_first) * progress,
+            distance=self.distance,
+            max_iters=self.max_iters,
+            tol=self.tol,
+        )
+        return Step(
+            loss.total,
+            {
+                "hinge": loss.hinge,
+                "regularizer": loss.regularizer,
+                "margin": loss.margin,
+                "used": loss.used,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Robust:
+    """Eq. 12 on points of the decision boundary that a short attack finds.
+
+    search "margin" is Section 3.2: steps on the margin that end where the boundary is crossed, of
+    wrong examples towards their label. An example that is wrong and whose boundary is out of reach
+    has no place in Eq. 12, and of a fresh network all are; their mean cross entropy at x, divided
+    by N, is added with the weight ``lost``.
+
+    search "xent" takes all steps on the cross entropy. Where they end across the boundary, the
+    segment from x is searched for the point that enters Eq. 12. The mean cross entropy at the ends
+    is added with the weight ``ends``: it also asks something of the examples whose boundary is
+    further away than eps, which are nearly all of a robust network's.
+
+    eps_correct, eps_wrong, step, iters, step_eps, keep_below, max_iters, tol: of
+    :func:`levelset_ext.find_boundary`. eps_first, warmup: eps_correct grows linearly from
+    ``eps_first`` over that share of the training; ``step`` in proportion with "xent". lam_correct,
+    lam_wrong, distance: of :func:`levelset_ext.losses.robust`. warm_start: share of the examples
+    whose steps go on from where those of the last visit ended.
+
+    Under autocast the steps and the cross entropy run in reduced precision, Eq. 12 does not. With
+    batch norm everything uses the running statistics, see :func:`refresh_statistics`.
+
+    Figures: correct, wrong: the parts of Eq. 12; distance: mean signed distance to the boundary
+    points; accuracy: at x for "margin", at the ends for "xent"; crossed: share of examples with a
+    sign change to search; converged: share of those whose search met its tolerance; cross_entropy:
+    of what is said above.
+    """
+
+    eps_correct: float = 0.4
+    eps_wrong: float = 0.5
+    step: float = 0.01
+    iters: int = 40
+    step_eps: float | None = None
+    keep_below: float = 0.1
+    max_iters: int = 40
+    tol: float = 1e-5
+    eps_first: float = 0.001
+    warmup: float = 0.0
+    lam_correct: float = 1.0
+    lam_wrong: float = 1.0
+    distance: str = "rho"
+    search: str = "margin"
+    ends: float = 1.0
+    lost: float = 1.0
+    warm_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            not_negative=(
+                "eps_correct",
+                "eps_wrong",
+                "eps_first",
+                "lam_correct",
+                "lam_wrong",
+                "ends",
+                "lost",
+            ),
+            positive=("step", "keep_below", "tol"),
+            counts=("iters", "max_iters"),
+            shares=("warmup", "warm_start"),
+            distance=DISTANCES,
+            search=("margin", "xent"),
+        )
+
+    def __call__(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        progress: float = 1.0,
+        offsets: Tensor | None = None,
+    ) -> Step:
+        x = x.detach()
+        refresh_statistics(network, x)
+        field = evaluation_copy(network)
+        done = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
+        eps = self.eps_first + (self.eps_correct - self.eps_first) * done
+        start = None
+        if offsets is not None and self.warm_start > 0:
+            start = warm_offsets(offsets, self.warm_start, eps, generator)
+        if self.search == "xent":
+            return self._after_all_steps(network, field, x, y, eps, start, generator)
+        return self._until_crossed(field, x, y, eps, start, generator)
+
+    def _until_crossed(
+        self,
+        field: Field,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        start: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Step:
+        samples = find_boundary(
+            field,
+            x,
+            y,
+            eps,
+            self.eps_wrong,
+            self.step,
+            self.iters,
+            start=None if start is None else x + start,
+            step_eps=self.step_eps,
+            max_iters=self.max_iters,
+            tol=self.tol,
+            keep_below=self.keep_below,
+            generator=generator,
+        )
+        total, figures = self._eq_12(field, x, y, samples, eps, len(x))
+        figures["accuracy"] = (samples.margins > 0).double().mean()
+        lost = torch.nonzero(~((samples.margins > 0) | samples.crossed)).squeeze(1)
+        figures["cross_entropy"] = torch.zeros_like(figures["correct"])
+        if self.lost > 0 and len(lost):
+            logits = as_classes(field(x[lost]), len(lost))
+            cross_entropy = functional.cross_entropy(logits, y[lost], reduction="sum") / len(x)
+            figures["cross_entropy"] = cross_entropy.detach()
+            total = total + self.lost * cross_entropy
+        return Step(total, figures, samples.ends - x)
+
+    def _after_all_steps(
+        self,
+        network: nn.Module,
+        field: Field,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        start: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Step:
+        if start is None:
+            start = uniform_start(x, eps, generator)
+        quiet = search_logits(network, y)
+        step = self.step * eps / self.eps_correct if self.eps_correct > 0 else self.step
+        delta = climb(
+            lambda d: functional.cross_entropy(quiet(x + d), y, reduction="none"),
+            x,
+            start,
+            Settings(eps, step, self.iters),
+        )
+        ends = (x + delta).clamp_(0, 1)
+        logits = as_classes(field(ends.clone()), len(x))
+        cross_entropy = functional.cross_entropy(logits, y)
+        right = margin(logits.detach(), y, check=False) > 0
+        # Of these rows alone it matters on which side x is, and where in between F = 0.
+        over = torch.nonzero(~right).squeeze(1)
+        none = torch.zeros((), dtype=x.dtype, device=x.device)
+        total, figures = none, dict.fromkeys(("correct", "wrong", "crossed"), none)
+        if len(over):
+            total, figures = self._eq_12(
+                field,
+                x[over],
+                y[over],
+                self._between(field, x[over], y[over], ends[over], eps),
+                eps,
+                len(x),
+            )
+        figures["accuracy"] = right.double().mean()
+        figures["cross_entropy"] = cross_entropy.detach()
+        return Step(total + self.ends * cross_entropy, figures, delta)
+
+    def _between(
+        self, field: Field, x: Tensor, y: Tensor, ends: Tensor, eps: float
+    ) -> BoundarySamples:
+        """Boundary points on the segments from x to the ends, which are across it."""
+        return find_boundary(
+            field,
+            x,
+            y,
+            eps,
+            eps,
+            self.step,
+            0,
+            start=ends,
+            max_iters=self.max_iters,
+            tol=self.tol,
+            keep_below=self.keep_below,
+        )
+
+    def _eq_12(
+        self,
+        field: Field,
+        x: Tensor,
+        y: Tensor,
+        samples: BoundarySamples,
+        eps: float,
+        count: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 12 over some rows of a batch of ``count``, and its figures."""
+        with torch.autocast(x.device.type, enabled=False):
+            loss = robust(
+                field,
+                x,
+                y,
+                samples,
+                eps=(eps, self.eps_wrong),
+                lam=(self.lam_correct, self.lam_wrong),
+                distance=self.distance,
+            )
+        share = len(x) / count
+        crossed = samples.crossed.sum()
+        figures = {
+            "correct": loss.correct * share,
+            "wrong": loss.wrong * share,
+            "distance": loss.distance,
+            "crossed": crossed.double() / count,
+            "converged": samples.result.converged.sum().double() / crossed,
+        }
+        return loss.total * share, figures

@@ -1,0 +1,107 @@
+"""The folder of a run: begun afresh, gone on with, or found finished.
+
+Every run keeps ``config.json``, written before anything else, which says what the run is of, and
+``metrics.json``, written last: a folder with it holds a finished run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from levelset_ext.errors import InputError
+from levelset_ext.recipes.files import plain, prepare_folder, read_json, write_json
+
+__all__ = ["begin_run", "digest"]
+
+
+def begin_run(
+    out: Path,
+    header: dict[str, Any],
+    *,
+    results: Sequence[str],
+    what: str,
+    same: str,
+    named: str | None = None,
+    resume: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Makes ``out`` the folder of the run that ``header`` describes.
+
+    Args:
+        out: folder, made if missing. Without ``resume`` a run that is there is removed.
+        header: contents of config.json: "kind", "settings" and whatever else names the run.
+        results: names of the other files and folders of such a run, beside metrics.json.
+        what: how messages call such a run: "an attack".
+        same: what a run that is gone on with must have in common: "a run with the same settings".
+        named: entry of the header with the name of the run's input, whose contents are known by
+            their digest alone: the same input under another name is the same run.
+        resume: go on with the run in ``out``, if there is one.
+        say: where messages go.
+
+    Returns:
+        The metrics of a finished run, or None where there is something to do.
+
+    Raises:
+        InputError: ``out`` cannot be written, or holds another run than the one to go on with.
+    """
+    prepare_folder(out)
+    if resume and (out / "config.json").exists():
+        _check_same_run(out, header, what, same, named)
+        if (out / "metrics.json").exists():
+            say(f"{out}: this run is finished; nothing to do")
+            return read_json(out / "metrics.json")
+        return None
+    for name in ("metrics.json", *results, "config.json"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name, ignore_errors=True)
+        else:
+            (out / name).unlink(missing_ok=True)
+    write_json(out / "config.json", header)
+    return None
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of shapes and contents, the same on every device."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        array = np.ascontiguousarray(tensor.detach().cpu().float().numpy())
+        sha.update(f"{array.shape}".encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+def _check_same_run(
+    out: Path, header: dict[str, Any], what: str, same: str, named: str | None
+) -> None:
+    config = out / "config.json"
+    stored = read_json(config)
+    wanted = json.loads(json.dumps(plain(header)))  # as a file gives it back
+    if (
+        not isinstance(stored, dict)
+        or stored.get("kind") != wanted["kind"]
+        or not isinstance(stored.get("settings"), dict)
+    ):
+        raise InputError(f"{config}: expected the config of {what}, got another")
+    if named is not None and stored.get("digest") != wanted["digest"]:
+        raise InputError(f"{out}: expected the run of {wanted[named]}, got one of {stored[named]}")
+    apart = {"settings", named}
+    changed = _differing(
+        {k: v for k, v in stored.items() if k not in apart},
+        {k: v for k, v in wanted.items() if k not in apart},
+    )
+    changed += _differing(stored["settings"], wanted["settings"])
+    if changed:
+        raise InputError(f"{out}: expected {same} to resume, got other {', '.join(changed)}")
+
+
+def _differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    names = [*wanted, *(name for name in stored if name not in wanted)]
+    missing = object()
+    return [name for name in names if stored.get(name, missing) != wanted.get(name, missing)]
