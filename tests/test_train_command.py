@@ -38,7 +38,17 @@ SHORT: dict[str, dict[str, Any]] = {
     "trades": {"eps": 0.1, "step": 0.05, "iters": 2},
     "mma": {"eps_max": 0.1, "step": 0.05, "iters": 3},
     "llr": {"eps": 0.1, "steps": 2},
-    "robust": {"eps_correct": 0.2, "eps_wrong": 0.2, "step": 0.05, "iters": 4},
+    "robust": {
+        "eps_correct": 0.2,
+        "eps_wrong": 0.2,
+        "step": 0.05,
+        "iters": 4,
+        "search": "margin",
+        "distance": "rho",
+        "lam_correct": 1.0,
+        "warmup": 0.0,
+        "warm_start": 0.0,
+    },
     "svm": {"max_iters": 3},
 }
 
@@ -137,7 +147,8 @@ def test_robust_training_pushes_the_boundary_away(tmp_path: Path) -> None:
     first = recipe.preset("cross-entropy", data, steps=60, batch=50, lr=1e-2)
     recipe.train(data, test, tmp_path / "plain", first)
     start = load_classifier(tmp_path / "plain" / "checkpoint.pt")
-    config = recipe.preset("robust", data, steps=24, batch=50, settings=SHORT["robust"])
+    settings = {**SHORT["robust"], "autocast": False, "ema": 0.0}
+    config = recipe.preset("robust", data, steps=24, batch=50, lr=1e-3, settings=settings)
     metrics = recipe.train(data, test, tmp_path / "robust", config, init=start)
     with (tmp_path / "robust" / "history.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -160,11 +171,17 @@ def test_one_logit_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFi
     assert load_classifier(tmp_path / "more" / "checkpoint.pt").config["options"]["classes"] == 1
 
 
-@pytest.mark.parametrize("objective", ["cross-entropy", "madry", "robust"])
+WARM = {"search": "xent", "distance": "along", "warm_start": 0.8}
+
+
+@pytest.mark.parametrize("objective", ["cross-entropy", "madry", "robust", "robust, warm"])
 def test_goes_on_where_it_was_interrupted(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(small(objective), augment=True, held_out=0.1)
+    name, _, warm = objective.partition(", ")
+    config = replace(small(name), augment=not warm, held_out=0.1)
+    if warm:
+        config = replace(config, settings={**config.settings, **WARM}, autocast=True)
     recipe.train(digits(), digits("test", 20), tmp_path / "whole", config)
 
     advance, steps = recipe.Training.advance, []
@@ -214,6 +231,34 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path: Path) -> N
 
 
 # --- the step ----------------------------------------------------------------------------------
+
+
+def test_a_warm_start_hands_every_row_its_own_offsets() -> None:
+    config = small("robust")
+    config = replace(config, settings={**config.settings, **WARM, "warm_start": 1.0})
+    training = recipe.Training(digits(), config)
+    assert training.offsets is not None
+    assert not training.offsets.any()
+    for _ in range(training.steps_per_epoch):
+        training.advance()
+    assert bool(training.offsets.flatten(1).any(1).all())
+    handed, objective = [], training.objective
+
+    def watched(*arguments: Any, offsets: torch.Tensor, **more: Any) -> Step:
+        handed.append(offsets)
+        return objective(*arguments, offsets=offsets, **more)
+
+    training.objective = watched
+    before = training.offsets.clone()
+    training.advance()
+    rows = training.order[: len(handed[0])]
+    assert torch.equal(handed[0], before[rows].float())
+    rest = training.order[len(handed[0]) :]
+    assert torch.equal(training.offsets[rest], before[rest])
+    assert not torch.equal(training.offsets[rows], before[rows])
+    with pytest.raises(InputError, match="augment: expected no augmentation with warm_start"):
+        replace(config, augment=True)
+    assert recipe.Training(digits(), small("robust")).offsets is None
 
 
 def test_an_epoch_uses_every_row_once_in_even_batches() -> None:

@@ -4,7 +4,8 @@ A run with a folder can be interrupted at any moment and goes on where it was. T
 
     config.json        which network, which data, every setting
     parts/             finished batches, until all are done
-    examples.csv       one line per image: label, whether it stood, what broke it
+    examples.csv       one line per image: label, whether it stood, what broke it, and with
+                       --linearity gamma(eps, x)
     adversarial.npz    the images the attacks made
     metrics.json       written last: a folder with it holds a finished run
 """
@@ -15,6 +16,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -32,15 +34,17 @@ from levelset_ext.attacks.evaluate import (
     ATTACKS,
     AttackRecord,
     Evaluation,
+    _device_of,
     check_evaluation,
     evaluate,
 )
+from levelset_ext.attacks.linearity import local_linearity
 from levelset_ext.attacks.report import alarms
 from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.classifiers import load_classifier, load_foreign
 from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.files import write_json
+from levelset_ext.recipes.files import plain, write_json
 from levelset_ext.recipes.progress import Progress, say
 from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.whole_files import write_whole
@@ -51,6 +55,7 @@ KIND = "levelset_ext attack 1"
 # What the paper attacks with (eps, step, iterations).
 _DEFAULTS = {"cifar10": (0.031, 0.003, 20), "": (0.3, 0.01, 40)}
 _RESULTS = ("examples.csv", "adversarial.npz", "parts")
+_LINEARITY_STEPS = 50  # of the ascent that gamma is found by; those of the attacks may be too few
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class AttackConfig:
     batch: int = 250
     binary: bool = False
     each: bool = False  # every attack on all correct rows, not only on those still standing
+    linearity: bool = False  # gamma(eps, x) of the correct rows as well
 
 
 def run_attack(
@@ -95,6 +101,8 @@ def run_attack(
             holds another run.
     """
     # Before anything is written.
+    if config.linearity and config.norm != "linf":
+        raise InputError(f"linearity: expected the norm linf, in which it is, got {config.norm}")
     try:
         check_evaluation(
             model, data.images, data.labels, config.attack, source=source, **_numbers(config)
@@ -104,7 +112,9 @@ def run_attack(
     if out is None:
         if resume:
             raise InputError("resume: expected --out with the folder of the run")
-        return _metrics(model, _all_parts(model, data, config, source, None), config)
+        evaluation = _all_parts(model, data, config, source, None)
+        gamma = _linearity(model, data, config, evaluation.correct, None)
+        return _metrics(model, evaluation, config, gamma)
     header = {
         "kind": KIND,
         "model": digest(*model.state_dict().values()),
@@ -128,7 +138,8 @@ def run_attack(
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
     evaluation = _all_parts(model, data, config, source, parts)
-    write_whole(out / "examples.csv", lambda stream: _write_csv(stream, evaluation, data))
+    gamma = _linearity(model, data, config, evaluation.correct, parts)
+    write_whole(out / "examples.csv", lambda stream: _write_csv(stream, evaluation, data, gamma))
     write_whole(
         out / "adversarial.npz",
         lambda stream: np.savez_compressed(
@@ -138,7 +149,7 @@ def run_attack(
             success=evaluation.success.numpy(),
         ),
     )
-    metrics = _metrics(model, evaluation, config)
+    metrics = _metrics(model, evaluation, config, gamma)
     write_json(out / "metrics.json", metrics)
     shutil.rmtree(parts, ignore_errors=True)
     return metrics
@@ -188,7 +199,7 @@ def _share(standing: int, rows: int) -> str:
 def _numbers(config: AttackConfig) -> dict[str, Any]:
     """The settings that ``evaluate`` takes under the same names."""
     numbers = asdict(config)
-    del numbers["attack"], numbers["each"]
+    del numbers["attack"], numbers["each"], numbers["linearity"]
     return numbers
 
 
@@ -258,11 +269,61 @@ def _read_part(file: Path, rows: int) -> Evaluation | None:
         return None
 
 
-def _write_csv(stream: IO[bytes], evaluation: Evaluation, data: Images) -> None:
+def _linearity(
+    model: nn.Module, data: Images, config: AttackConfig, correct: Tensor, folder: Path | None
+) -> Tensor | None:
+    """gamma(eps, x) of all rows, (n,), batch by batch as the attacks; NaN where the network is
+    wrong, as such rows are not attacked either. None if it is not asked for."""
+    if not config.linearity:
+        return None
+    found: list[Tensor] = []
+    progress: Progress | None = None
+    for index, at in enumerate(range(0, len(data), config.batch)):
+        file = None if folder is None else folder / f"linearity-{index:06d}.npy"
+        rows = torch.nonzero(correct[at : at + config.batch]).squeeze(1) + at
+        part = None if file is None else _read_gamma(file, len(rows))
+        if part is None:
+            progress = progress or Progress("linearity", len(data), at)
+            device = _device_of(model, data.images)
+            part = local_linearity(
+                model,
+                data.images[rows].to(device),
+                data.labels[rows].to(device),
+                config.eps,
+                steps=_LINEARITY_STEPS,
+                seed=config.seed,
+                batch=config.batch,
+                rows=rows.tolist(),
+                binary=config.binary,
+            ).gamma.cpu()
+            if file is not None:
+                write_whole(file, partial(np.save, arr=part.numpy()))
+        found.append(part)
+        done = min(at + config.batch, len(data))
+        if progress is not None and (done == len(data) or progress.due()):
+            progress.report(done, "", done == len(data))
+    gamma = torch.full((len(data),), torch.nan, dtype=torch.float64)
+    gamma[correct] = torch.cat(found).double()
+    return gamma
+
+
+def _read_gamma(file: Path, rows: int) -> Tensor | None:
+    """A finished batch, or None where there is none or one that cannot be used."""
+    try:
+        values = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return torch.from_numpy(values) if values.shape == (rows,) else None
+
+
+def _write_csv(
+    stream: IO[bytes], evaluation: Evaluation, data: Images, gamma: Tensor | None
+) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(
         ["row", "label", "clean_margin", "outcome", "broken_by", "step", "prediction", "distance"]
+        + ([] if gamma is None else ["gamma"])
     )
     names = {-1: "", -2: "", **{i: record.name for i, record in enumerate(evaluation.attacks)}}
     for row in range(len(evaluation)):
@@ -278,12 +339,19 @@ def _write_csv(stream: IO[bytes], evaluation: Evaluation, data: Images) -> None:
                 int(evaluation.step[row]),
                 int(evaluation.prediction[row]),
                 f"{float(evaluation.distance[row]):.7g}",
+                *([] if gamma is None else [_cell(float(gamma[row]))]),
             ]
         )
     stream.write(text.getvalue().encode())
 
 
-def _metrics(model: nn.Module, evaluation: Evaluation, config: AttackConfig) -> dict[str, Any]:
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.7g}"
+
+
+def _metrics(
+    model: nn.Module, evaluation: Evaluation, config: AttackConfig, gamma: Tensor | None
+) -> dict[str, Any]:
     n = len(evaluation)
     attacks = []
     for index, record in enumerate(evaluation.attacks):
@@ -295,6 +363,17 @@ def _metrics(model: nn.Module, evaluation: Evaluation, config: AttackConfig) -> 
     correct = evaluation.correct
     any_correct = bool(correct.any())
     margins, slopes = evaluation.clean_margin[correct], evaluation.gradient_norm[correct]
+    linearity = {}
+    if gamma is not None:
+        measured = gamma[correct]
+        linearity["local_linearity"] = {
+            "eps": config.eps,
+            "steps": _LINEARITY_STEPS,
+            "rows": len(measured),
+            "mean": float(measured.mean()) if any_correct else None,
+            "median": float(measured.median()) if any_correct else None,
+            "max": float(measured.max()) if any_correct else None,
+        }
     return {
         "rows": n,
         "clean_accuracy": evaluation.clean_accuracy,
@@ -305,6 +384,7 @@ def _metrics(model: nn.Module, evaluation: Evaluation, config: AttackConfig) -> 
         "median_clean_margin": float(margins.median()) if any_correct else None,
         "median_gradient_l1": float(slopes.median()) if any_correct else None,
         "rows_without_xent_gradient": evaluation.saturated,
+        **linearity,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": sum(record.seconds for record in evaluation.attacks),
         "build": build_info(),
@@ -352,6 +432,12 @@ def add_attack_command(commands: Any) -> None:
         action="store_true",
         help="every attack on all correct images, for its figure alone",
     )
+    one.add_argument(
+        "--linearity",
+        action="store_true",
+        help="also how far the cross entropy is from linear in the L_inf box around the images "
+        "that are attacked, max |l(x + d) - l(x) - d . grad l(x)|: mean, median and max",
+    )
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     one.add_argument("--out", metavar="DIR", help="folder for results per image")
     one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
@@ -386,6 +472,7 @@ def _command(args: argparse.Namespace) -> None:
         batch=args.batch,
         binary=args.binary or options.get("classes") == 1,
         each=args.each,
+        linearity=args.linearity,
     )
     metrics = run_attack(
         model,
@@ -398,7 +485,7 @@ def _command(args: argparse.Namespace) -> None:
     )
     for sentence in metrics["alarms"]:
         say(f"alarm: {sentence}")
-    print(json.dumps(metrics, indent=2))
+    print(json.dumps(plain(metrics), indent=2))
 
 
 def _network(

@@ -1,0 +1,310 @@
+"""The objectives made of Eq. 11 and Eq. 12: closed forms, batch norm, warm starts, no traces."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import levelset_ext as ls
+from levelset_ext.field import evaluation_copy
+from levelset_ext.margin import margin
+from levelset_ext.networks import build
+from levelset_ext.objectives import GeometricSvm, Robust, refresh_statistics
+from levelset_ext.samplers import margin_field
+
+DTYPE = torch.float64
+BOTH = pytest.mark.parametrize("search", ["margin", "xent"])
+
+
+class TwoLogits(nn.Module):
+    """Logits 0 and w x + b, so that the margin of class 1 is affine."""
+
+    def __init__(self, w: Tensor, b: float) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(w), nn.Parameter(torch.tensor(b, dtype=DTYPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = x.flatten(1) @ self.w + self.b
+        return torch.stack([torch.zeros_like(f), f], 1)
+
+
+def problem(n: int = 12, d: int = 6, seed: int = 0) -> tuple[TwoLogits, Tensor, Tensor]:
+    """Examples far enough from 0 and 1 that no box of 0.2 is cut, the first two of them wrong."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(d, generator=g, dtype=DTYPE)
+    x = 0.5 + 0.3 * (torch.rand(n, d, generator=g, dtype=DTYPE) - 0.5)
+    net = TwoLogits(w, float(-0.5 * w.sum()))
+    y = (net(x)[:, 1] > 0).long()
+    y[:2] = 1 - y[:2]
+    return net, x, y.detach()
+
+
+def convolutional(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with batch norm whose running statistics are not those of any batch yet."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 3),
+    ).double()
+    x = torch.rand(16, 1, 6, 6, dtype=DTYPE)
+    y = net.eval()(x).argmax(1)
+    y[0] = (y[0] + 1) % 3
+    return net.train(), x, y
+
+
+def gradients(net: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+
+@pytest.mark.parametrize("distance", ["along", "linf"])
+def test_the_margin_search_of_an_affine_margin_gives_eq_12_in_closed_form(distance: str) -> None:
+    net, x, y = problem()
+    settings = {"eps_correct": 0.2, "eps_wrong": 0.2, "step": 0.02, "iters": 60}
+    objective = Robust(distance=distance, lam_correct=2.0, lam_wrong=3.0, lost=0.0, **settings)
+    step = objective(net, x, y, generator=torch.Generator().manual_seed(1))
+    samples = ls.find_boundary(
+        net,
+        x,
+        y,
+        0.2,
+        0.2,
+        0.02,
+        60,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert len(samples) >= 8
+    assert bool((samples.margins[samples.rows] < 0).any())
+    side = torch.where(samples.correct, 1.0, -1.0).to(DTYPE)
+    centres, points = x[samples.rows], samples.result.points
+    weight = torch.where(samples.correct, 2.0, 3.0).to(DTYPE)
+    target = ((0.2 - side * (centres - points).abs().amax(1)) * weight).sum() / len(x)
+    torch.testing.assert_close(step.loss.detach(), target)
+
+    # The points move along a fixed line, or the gradient of F: x + t v with w (x + t v) + b = 0.
+    w, b = net.w, net.b
+    v = points - centres if distance == "along" else w.detach().expand_as(points)
+    moved = points - v * ((points @ w + b) / (v @ w))[:, None]
+    there = ((0.2 - side * (centres - moved).abs().amax(1)) * weight).sum() / len(x)
+    torch.testing.assert_close(gradients(net, step.loss), gradients(net, there))
+
+
+def test_the_xent_search_adds_the_cross_entropy_at_the_ends() -> None:
+    net, x, y = problem()
+    objective = Robust(
+        eps_correct=0.2, step=0.05, iters=8, search="xent", distance="along", ends=0.5
+    )
+    step = objective(net, x, y, generator=torch.Generator().manual_seed(2))
+    # Sign steps on one affine margin end in a corner of the box, whatever the start.
+    sign = torch.where(y == 1, -1.0, 1.0).to(DTYPE)[:, None] * net.w.detach().sign()
+    assert step.offsets is not None
+    torch.testing.assert_close(step.offsets, 0.2 * sign)
+    logits = net(x + 0.2 * sign)
+    cross_entropy = functional.cross_entropy(logits, y)
+    torch.testing.assert_close(step.figures["cross_entropy"], cross_entropy.detach())
+    margins, ends = margin(net(x), y), margin(logits, y)
+    over = (margins > 0) & (ends <= 0)
+    assert 0 < int(over.sum()) < int((ends <= 0).sum())
+    reach = (margins / net.w.abs().sum())[over]
+    eq_12 = (0.2 - reach).sum() / len(x)
+    torch.testing.assert_close(step.loss.detach(), (eq_12 + 0.5 * cross_entropy).detach())
+    torch.testing.assert_close(step.figures["correct"], eq_12.detach())
+    assert float(step.figures["crossed"]) == float(over.double().mean())
+    # v is held, so the distance along it is F(x) / (w v) with |v| = 1 in the norm of the box.
+    along = (x @ net.w + net.b) / -(sign * net.w).sum(1)
+    there = (0.2 - along[over]).sum() / len(x) + 0.5 * cross_entropy
+    torch.testing.assert_close(gradients(net, step.loss), gradients(net, there))
+
+
+def test_examples_whose_boundary_is_out_of_reach_move_a_fresh_network() -> None:
+    net, x, y = problem()
+    net.b.data += 50.0  # one class everywhere, no boundary in any box
+    y = torch.arange(len(x)) % 2
+    objective = Robust(eps_correct=0.1, eps_wrong=0.1, step=0.05, iters=3)
+    step = objective(net, x, y)
+    assert float(step.figures["crossed"]) == 0
+    wrong = y == 0
+    expected = functional.cross_entropy(net(x[wrong]), y[wrong], reduction="sum") / len(x)
+    torch.testing.assert_close(step.loss, expected)
+    assert gradients(net, step.loss).abs().max() > 1e-3
+    # Without that term the loss is 0, with a way for gradients.
+    silent = Robust(eps_correct=0.1, eps_wrong=0.1, step=0.05, iters=3, lost=0.0)(net, x, y)
+    assert float(silent.loss.detach()) == 0
+    assert not gradients(net, silent.loss).any()
+
+
+@BOTH
+def test_batch_norm_is_one_function_for_points_levels_and_gradients(search: str) -> None:
+    net, x, y = convolutional()
+    objective = Robust(
+        eps_correct=0.3, eps_wrong=0.3, step=0.05, iters=12, search=search, ends=0.0, lost=0.0
+    )
+    other = copy.deepcopy(net)
+    step = objective(net, x, y, generator=torch.Generator().manual_seed(0))
+    refresh_statistics(other, x)
+    for (name, ours), (_, once) in zip(net.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(ours, once), name  # one forward in train mode, not more
+    assert net.training
+    assert all(m.training for m in net.modules())
+    assert float(step.figures["crossed"]) > 0.2
+
+    # The gradient is that of the network with the statistics held at what they are now.
+    again = objective(evaluation_copy(other), x, y, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.loss, step.loss)
+    held = other.eval()
+    third = objective(held, x, y, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gradients(net, step.loss), gradients(held, third.loss))
+
+    # And its points lie on the boundary of that function.
+    found = ls.find_boundary(
+        net, x, y, 0.3, 0.3, 0.05, 12, generator=torch.Generator().manual_seed(0)
+    )
+    level = margin_field(held, y[found.rows])(found.result.points)
+    torch.testing.assert_close(level, torch.zeros_like(level), atol=1e-5, rtol=0)
+
+
+def test_statistics_are_refreshed_only_where_there_are_any_to_refresh() -> None:
+    calls: list[int] = []
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    plain = Counting(3, 2)
+    refresh_statistics(plain, torch.rand(5, 3))
+    assert calls == []
+    normed = nn.Sequential(Counting(3, 2), nn.BatchNorm1d(2))
+    refresh_statistics(normed, torch.rand(5, 3))
+    refresh_statistics(normed.eval(), torch.rand(5, 3))
+    assert calls == [5]
+
+
+@BOTH
+def test_a_warm_start_goes_on_where_the_last_visit_ended(search: str) -> None:
+    net, x, y = problem()
+    net.w.data *= 0.1
+    net.b.data = -net.w.data.sum() * 0.5
+    few = {"eps_correct": 0.2, "eps_wrong": 0.2, "step": 0.02, "search": search}
+    one = Robust(iters=1, warm_start=1.0, **few)
+    offsets = 0.05 * torch.ones_like(x)
+    first = one(net, x, y, offsets=offsets, generator=torch.Generator().manual_seed(0))
+    assert first.offsets is not None
+    moved = (first.offsets - offsets).abs()
+    assert bool((torch.isclose(moved, moved.new_tensor(0.02)) | (moved < 1e-12)).all())
+    fresh = Robust(iters=1, warm_start=0.0, **few)(
+        net, x, y, offsets=offsets, generator=torch.Generator().manual_seed(0)
+    )
+    assert fresh.offsets is not None
+    assert float((fresh.offsets - offsets).abs().max()) > 0.05
+    half = Robust(iters=1, warm_start=0.5, **few)(
+        net, x.repeat(50, 1), y.repeat(50), offsets=offsets.repeat(50, 1)
+    )
+    assert half.offsets is not None
+    share = (half.offsets - 0.05).abs().amax(1).lt(0.021).double().mean()
+    assert 0.4 < float(share) < 0.6
+
+
+@BOTH
+def test_the_box_grows_and_nothing_of_the_network_changes(search: str) -> None:
+    net, x, y = convolutional()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    objective = Robust(
+        eps_correct=0.2, eps_wrong=0.01, eps_first=0.0, warmup=0.5, iters=5, search=search
+    )
+    sizes = []
+    for progress in (0.1, 0.25, 0.5, 1.0):
+        step = objective(net, x, y, progress=progress)
+        assert step.offsets is not None
+        sizes.append(float(step.offsets[1:].abs().max()))
+    limits = torch.tensor([0.04, 0.1, 0.2, 0.2])
+    assert bool((torch.tensor(sizes) <= limits + 1e-6).all())
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert all(bool((p.grad == 1).all()) for p in net.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+    assert not x.requires_grad
+
+
+@BOTH
+def test_reduced_precision_leaves_eq_12_in_full(search: str) -> None:
+    net = build("convnet-2a", shape=(1, 8, 8), classes=3)
+    x, y = torch.rand(24, 1, 8, 8), torch.arange(24) % 3
+    objective = Robust(
+        eps_correct=0.3, eps_wrong=0.3, step=0.1, iters=4, search=search, tol=1e-4, keep_below=1e-3
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        step = objective(net, x, y, generator=torch.Generator().manual_seed(0))
+    assert step.loss.dtype == torch.float32
+    assert bool(torch.isfinite(gradients(net, step.loss)).all())
+    if float(step.figures["crossed"]) > 0:
+        # bfloat16 alone keeps three digits of a margin of about 0.1.
+        assert float(step.figures["converged"]) > 0.5
+
+
+def test_eq_11_grows_its_lambda_over_a_share_of_the_training() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1)).double()
+    x = torch.rand(10, 4, dtype=DTYPE)
+    y = torch.arange(10) % 2
+    objective = GeometricSvm(lam=0.5, lam_first=0.1, warmup=0.5, max_iters=30)
+    for progress, lam in ((0.0, 0.1), (0.25, 0.3), (0.5, 0.5), (1.0, 0.5)):
+        step = objective(net, x, y, progress=progress)
+        expected = ls.losses.geometric_svm(net, x, y, lam=lam, max_iters=30).total
+        torch.testing.assert_close(step.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distance": "l3"}, "distance: expected one of rho, linf, l2, l1, along"),
+        ({"search": "pgd"}, "search: expected"),
+        ({"eps_correct": -0.1}, "eps_correct"),
+        ({"step": 0.0}, "step"),
+        ({"iters": -1}, "iters"),
+        ({"warm_start": 1.5}, "warm_start"),
+        ({"lost": -1.0}, "lost"),
+    ],
+)
+def test_settings_of_robust_that_make_no_sense(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Robust(**change)  # type: ignore[arg-type]
+
+
+@BOTH
+def test_a_network_with_batch_norm_trains_with_eq_12(search: str) -> None:
+    net, x, _ = convolutional()
+    y = torch.arange(len(x)) % 3
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    objective = Robust(
+        eps_correct=0.03, eps_wrong=0.1, step=0.01, iters=8, search=search, distance="along"
+    )
+    broken = []
+    for step_number in range(60):
+        step = objective(net, x, y, generator=torch.Generator().manual_seed(step_number))
+        optimizer.zero_grad()
+        step.loss.backward()
+        optimizer.step()
+        if 5 <= step_number < 55:
+            continue
+        found = ls.find_boundary(net, x, y, 0.03, 0.0, 0.01, 5, random_start=False)
+        broken.append(float((found.crossed | (found.margins <= 0)).double().mean()))
+    assert broken[0] > 0.5
+    assert max(broken[-5:]) < 0.5 * broken[0]
+
+
+def test_resnet_18_takes_a_step_of_eq_12() -> None:
+    torch.manual_seed(0)
+    net = build("resnet-18", shape=(1, 8, 8), classes=2).train()
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
+    step = Robust(eps_correct=0.3, eps_wrong=0.3, step=0.1, iters=2)(net, x, y)
+    grown = gradients(net, step.loss)
+    assert bool(torch.isfinite(grown).all())
+    assert bool(grown.any())
+    assert int(dict(net.named_buffers())["bn1.num_batches_tracked"]) == 1
