@@ -16,6 +16,7 @@ from levelset_ext._load import build_info
 # isort: split
 from levelset_ext import losses, networks, ops
 from levelset_ext.field import value_and_jacobian
+from levelset_ext.layers import LayerField
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.sample_network import SampleNetwork, sample_network
 from levelset_ext.samplers import false_position, find_boundary, level_points, project
@@ -23,6 +24,7 @@ from levelset_ext.samplers import false_position, find_boundary, level_points, p
 __version__ = build_info()["version"]
 
 __all__ = [
+    "LayerField",
     "LevelSetResult",
     "SampleNetwork",
     "Status",

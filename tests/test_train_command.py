@@ -268,7 +268,7 @@ def test_an_epoch_uses_every_row_once_in_even_batches() -> None:
     for seen in (first, second):
         for step in range(3):
             training.step = step
-            x, _ = training.next_batch()
+            x, _, _ = training.next_batch()
             assert len(x) in (16, 17)
             seen.append(x)
     a, b = torch.cat(first), torch.cat(second)
