@@ -69,6 +69,7 @@ def estimate_coverage(
     points: Tensor,
     level: Tensor | float = 0.0,
     *,
+    box: tuple[Any, Any] | None = None,
     probes: int = 4,
     reach: float = 3.0,
     max_iters: int = 20,
@@ -85,6 +86,7 @@ def estimate_coverage(
         fn: module or callable (n, d) -> (n,) or (n, l).
         points: samples on the level set, (n, d), n >= 2.
         level: a scalar or (l,).
+        box: (lower, upper) outside of which nothing has to be covered; scalars or (d,).
         probes: per sample.
         reach: length of a step, in spacings.
         max_iters, tol: of the projections.
@@ -104,6 +106,9 @@ def estimate_coverage(
     near = found.converged & (
         (found.points - starts).norm(dim=1) <= 4 * length * math.sqrt(points.shape[1])
     )
+    for bound, sign in zip(box_bounds(box, points), (1, -1), strict=True):
+        if bound is not None:
+            near &= (sign * (found.points - bound) >= 0).all(1)
     if not bool(near.any()):
         raise RuntimeError("estimate_coverage: no probe reached the level set")
     probed = found.points[near]
