@@ -15,6 +15,7 @@ import torch
 
 import levelset_ext.recipes.attack as recipe
 from levelset_ext.cli import main
+from levelset_ext.data.images import load_images
 from levelset_ext.networks import build
 from levelset_ext.recipes.classifiers import load_classifier, save_classifier
 
@@ -110,6 +111,54 @@ def test_goes_on_where_it_was_interrupted(
     assert len(calls) == 6
 
 
+def test_linearity_in_metrics_and_rows_resumed(
+    checkpoint: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    measure, calls = recipe.local_linearity, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["rows"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "local_linearity", interrupted)
+    monkeypatch.setattr(recipe, "_LINEARITY_STEPS", 4)
+    arguments = command(checkpoint, data, "--out", str(out), "--linearity")
+    assert main(arguments) == 130
+    (out / "parts" / "linearity-000000.npy").write_bytes(b"damaged")
+    assert main([*arguments, "--resume"]) == 0
+    # Only rows that are attacked, by their numbers in the data; what is there is not done again.
+    batches = [[2, 3, 4, 5], [*range(6, 12)], [*range(12, 18)], [18, 19]]
+    assert calls == [*batches[:3], batches[0], *batches[2:]]
+
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "metrics.json").read_text())
+    found = printed["local_linearity"]
+    with (out / "examples.csv").open() as stream:
+        gamma = [row["gamma"] for row in csv.DictReader(stream)]
+    assert gamma[:2] == ["", ""]
+    images = load_images(data, "test")
+    expected = measure(
+        load_classifier(checkpoint), images.images[2:], images.labels[2:], 0.02, steps=4,
+        rows=range(2, 20),
+    )  # fmt: skip
+    values = torch.tensor([float(value) for value in gamma[2:]])
+    torch.testing.assert_close(values, expected.gamma, rtol=1e-4, atol=1e-7)
+    assert found["rows"] == 18
+    assert found["mean"] == pytest.approx(expected.mean, rel=1e-4)
+    assert found["median"] == pytest.approx(float(expected.gamma.median()), rel=1e-4)
+    assert found["max"] == pytest.approx(expected.max, rel=1e-4)
+
+    assert main(command(checkpoint, data)) == 0
+    assert "local_linearity" not in json.loads(capsys.readouterr().out)
+
+
 def test_resume_refuses_another_run(
     checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +214,7 @@ def test_binary_checkpoint_with_merged_labels(
         (["--restarts", "0"], "restarts: expected at least 1"),
         (["--limit", "0"], "limit: expected at least 1"),
         (["--norm", "l7"], "norm: expected one of linf, l2"),
+        (["--linearity", "--norm", "l2"], "linearity: expected the norm linf"),
         (["--device", "abacus"], "device: expected one of cpu"),
         (["--split", "all"], "split: expected one of"),
         (["--data", "nowhere"], "nowhere: expected a folder with images"),
