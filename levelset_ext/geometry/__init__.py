@@ -1,7 +1,39 @@
-"""Surfaces of level sets: extraction, comparison, pictures."""
+"""Surfaces and curves of level sets: extraction, comparison, rays, curvature, integrals."""
 
 from levelset_ext.geometry.compare import compare_meshes
+from levelset_ext.geometry.curvature import Curvature, curvature, curvature_penalty
+from levelset_ext.geometry.curves import Curve, CurveEnd, CurveTrace, trace_curve
 from levelset_ext.geometry.extract import Mesh, extract_mesh
+from levelset_ext.geometry.integrals import (
+    Estimate,
+    level_set_integral,
+    level_set_volume,
+    surface_area,
+)
 from levelset_ext.geometry.preview import render_preview
+from levelset_ext.geometry.rays import RayCrossings, RayHits, intersect_rays, ray_crossings
+from levelset_ext.geometry.render import Camera, render
 
-__all__ = ["Mesh", "compare_meshes", "extract_mesh", "render_preview"]
+__all__ = [
+    "Camera",
+    "Curvature",
+    "Curve",
+    "CurveEnd",
+    "CurveTrace",
+    "Estimate",
+    "Mesh",
+    "RayCrossings",
+    "RayHits",
+    "compare_meshes",
+    "curvature",
+    "curvature_penalty",
+    "extract_mesh",
+    "intersect_rays",
+    "level_set_integral",
+    "level_set_volume",
+    "ray_crossings",
+    "render",
+    "render_preview",
+    "surface_area",
+    "trace_curve",
+]

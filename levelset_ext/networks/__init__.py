@@ -12,11 +12,13 @@ from levelset_ext.networks.classifiers import (
     resnet18,
 )
 from levelset_ext.networks.implicit import ImplicitMLP, fc1, fc2
+from levelset_ext.networks.polytope import PolytopeMLP, from_mesh, from_polytope
 
 __all__ = [
     "CLASSIFIERS",
     "ConvNet",
     "ImplicitMLP",
+    "PolytopeMLP",
     "ResNet18",
     "build",
     "convnet2a",
@@ -25,5 +27,7 @@ __all__ = [
     "convnet4b",
     "fc1",
     "fc2",
+    "from_mesh",
+    "from_polytope",
     "resnet18",
 ]

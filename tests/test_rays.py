@@ -1,0 +1,401 @@
+"""Rays against level sets: hits, their gradients, pictures, and integrals over random lines."""
+
+import math
+
+import numpy as np
+import problems
+import pytest
+import torch
+from torch import nn
+
+import levelset_ext as ls
+from levelset_ext.geometry import (
+    Camera,
+    intersect_rays,
+    level_set_integral,
+    level_set_volume,
+    ray_crossings,
+    render,
+    surface_area,
+)
+
+F64 = torch.float64
+
+
+def toward(target, n=300, distance=2.0, seed=3):
+    """Rays from a sphere around the origin toward points within ``target`` of it."""
+    origins = problems.points(n, seed=seed)
+    origins = distance * origins / origins.norm(dim=1, keepdim=True)
+    aim = target * (2 * torch.rand(n, 3, dtype=F64) - 1)
+    return origins, 3 * (aim - origins)
+
+
+def sphere_t(origins, directions, radius):
+    """First distance along unit rays, infinite for a miss."""
+    v = directions / directions.norm(dim=1, keepdim=True)
+    b = (origins * v).sum(1)
+    under = b * b - origins.square().sum(1) + radius**2
+    root = under.clamp(min=0).sqrt()
+    near = torch.where(-b - root > 0, -b - root, -b + root)
+    return torch.where((under > 0) & (near > 0), near, math.inf)
+
+
+# --- hits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lipschitz", [None, 1.0])
+def test_sphere(lipschitz):
+    o, v = toward(0.9)
+    fn = problems.Sphere(0.7)
+    hits = intersect_rays(fn, o, v, far=5.0, tol=1e-13, lipschitz=lipschitz)
+    expected = sphere_t(o, v, 0.7)
+    assert 100 < hits.mask.sum() < 290
+    assert torch.equal(hits.mask, torch.isfinite(expected))
+    torch.testing.assert_close(hits.t, expected, rtol=0, atol=1e-11)
+    assert torch.equal(hits.rows, torch.nonzero(hits.mask).squeeze(1))
+    assert torch.isnan(hits.points[~hits.mask]).all()
+    assert not hits.inside.any()
+    p = hits.points[hits.mask].detach()
+    assert (p.norm(dim=1) - 0.7).abs().max() < 1e-12
+    torch.testing.assert_close(hits.normals[hits.mask], p / 0.7, rtol=0, atol=1e-11)
+
+
+def test_inside_starts_levels_and_the_part_that_is_searched():
+    fn = problems.Quadric(0.7)
+    o, v = 0.3 * problems.points(50).clamp(-1, 1), problems.points(50, seed=9)
+    hits = intersect_rays(fn, o, v, 0.15, far=2.0, tol=1e-13, differentiable=False)
+    assert hits.inside.all()
+    torch.testing.assert_close(hits.t, sphere_t(o, v, 0.8), rtol=0, atol=1e-11)
+    axis = torch.tensor([1.0, 0, 0], dtype=F64)
+    o = torch.tensor([[-2.0, 0, 0]], dtype=F64)
+
+    def t(**options):
+        hits = intersect_rays(fn, o, axis, tol=1e-13, **options)
+        return hits.t.item()
+
+    assert t(far=4.0) == pytest.approx(1.3)
+    assert t(near=1.5, far=4.0) == pytest.approx(2.7)
+    assert t(near=2.8, far=4.0) == math.inf
+    assert t(far=1.2) == math.inf
+    assert t(box=(0.0, 1.0)) == pytest.approx(2.7)
+    assert t(box=((-1, 0.1, -1), (1.0, 1, 1))) == math.inf
+    assert t(box=(-1.0, (1, 1, 1)), step=0.05) == pytest.approx(1.3)
+    # A start on the surface counts as above: it leaves, or goes in at once.
+    on = torch.tensor([[0.7, 0, 0], [-0.7, 0, 0]], dtype=F64)
+    hits = intersect_rays(lambda x: x[:, 0].abs() - 0.7, on, axis, far=3.0, tol=1e-13)
+    assert hits.t.tolist() == [math.inf, 0.0]
+
+
+def test_torus_all_crossings_alternate_and_the_first_is_the_hit():
+    fn = problems.Torus(1.0, 0.3)
+    o, v = toward(0.9, distance=2.5)
+    first = intersect_rays(fn, o, v, far=6.0, tol=1e-13)
+    every = ray_crossings(fn, o, v, far=6.0, tol=1e-13)
+    assert (torch.bincount(every.rows, minlength=300) % 2 == 0).all()
+    assert torch.bincount(every.rows).max() == 4
+    least = torch.full((300,), math.inf, dtype=F64).scatter_reduce(0, every.rows, every.t, "amin")
+    torch.testing.assert_close(first.t, least, rtol=0, atol=1e-11)
+    # Quartic along each ray: F (F + 2 r) times positive things; roots are its real ones.
+    unit = v / v.norm(dim=1, keepdim=True)
+    for row in range(40):
+        a, b = o[row].numpy(), unit[row].numpy()
+        square = np.poly1d([1.0, 2 * a @ b, a @ a])
+        flat = np.poly1d([b[:2] @ b[:2], 2 * a[:2] @ b[:2], a[:2] @ a[:2]])
+        roots = ((square + (1 - 0.09)) ** 2 - 4 * flat).roots
+        real = np.sort(roots[np.abs(roots.imag) < 1e-9].real)
+        got = every.t[every.rows == row].sort().values
+        np.testing.assert_allclose(got, real, atol=1e-9)
+        chords = real[1::2] - real[::2]
+        assert every.length_below[row].item() == pytest.approx(chords.sum(), abs=1e-9)
+
+
+def test_tangent_rays_dips_and_misses():
+    """A ray that dips in by less than a step; one that touches; parallel rays of a plane."""
+    fn = problems.Sphere(0.7)
+    depth = torch.tensor([1e-2, 1e-5, 1e-9, 0.0, -1e-9, -0.1], dtype=F64)
+    o = torch.stack([torch.full_like(depth, -2.0), 0.7 - depth, torch.zeros_like(depth)], 1)
+    x = torch.tensor([1.0, 0, 0], dtype=F64)
+    hits = intersect_rays(fn, o, x, far=4.0, tol=1e-14)
+    assert hits.mask.tolist() == [True, True, True, False, False, False]
+    assert hits.points[0, 0].item() == pytest.approx(-math.sqrt(0.49 - 0.69**2), abs=1e-9)
+    both = ray_crossings(fn, o, x, far=4.0, tol=1e-14)
+    assert torch.bincount(both.rows, minlength=6).tolist() == [2, 2, 2, 0, 0, 0]
+
+    plane = problems.Affine(1)
+    along = torch.linalg.svd(plane.A.detach())[2][1]
+    o = problems.points(4)
+    assert not intersect_rays(plane, o, along, far=10.0).mask.any()
+    v = problems.points(4, seed=5)
+    unit = v / v.norm(dim=1, keepdim=True)
+    exact = -(plane(o)[:, 0] / (unit @ plane.A[0])).detach()
+    hits = intersect_rays(plane, o, v, near=-100.0, far=100.0, tol=1e-12)
+    torch.testing.assert_close(hits.t.detach(), exact, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_are_not_finite_leave_the_others():
+    def fn(x):
+        return torch.where(x[:, 1] > 0.5, torch.nan, x.norm(dim=1) - 0.3)
+
+    o = torch.tensor([[-1.0, 0.6, 0], [-1, 0, 0], [0, -1, 0]])
+    v = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    hits = intersect_rays(fn, o, v, far=2.0)
+    assert hits.mask.tolist() == [False, True, True]
+    assert hits.t.dtype == torch.float32
+    assert hits.t[1:].tolist() == pytest.approx([0.7, 0.7], abs=1e-5)
+
+
+def test_batches_and_no_rays_or_hits():
+    fn = problems.RowCounter(problems.Sphere(0.7))
+    o, v = toward(0.9, 50)
+    small = intersect_rays(fn, o, v, far=5.0, batch=7, differentiable=False)
+    assert max(len(batch) for batch in fn.batches) <= 7
+    whole = intersect_rays(problems.Sphere(0.7), o, v, far=5.0)
+    assert problems.same_bits(small.t, whole.t.detach())
+    none = intersect_rays(fn, o[:0], v[:0], far=5.0)
+    assert len(none) == len(none.result) == 0
+    missed = intersect_rays(fn, o, -v, far=5.0)
+    assert not missed.mask.any()
+    assert len(missed.result) == 0
+    assert ray_crossings(fn, o, -v, far=5.0).length_below.sum() == 0
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def test_distance_follows_radius_and_centre():
+    fn = problems.Sphere(0.7)
+    o, v = toward(0.45, 40)
+    hits = intersect_rays(fn, o, v, far=5.0, tol=1e-13)
+    weight = problems.points(40, seed=8)[:, 0]
+    (got_r, got_c) = torch.autograd.grad((hits.t * weight)[hits.mask].sum(), [fn.radius, fn.centre])
+
+    def total(radius, centre):
+        return (sphere_t(o - centre, v, radius) * weight)[hits.mask].sum().item()
+
+    eps, zero = 1e-6, torch.zeros(3, dtype=F64)
+    slope = (total(0.7 + eps, zero) - total(0.7 - eps, zero)) / (2 * eps)
+    assert got_r.item() == pytest.approx(slope, rel=1e-6)
+    for k in range(3):
+        shift = eps * torch.eye(3, dtype=F64)[k]
+        slope = (total(0.7, shift) - total(0.7, -shift)) / (2 * eps)
+        assert got_c[k].item() == pytest.approx(slope, rel=1e-5, abs=1e-6)
+
+
+def test_gradient_with_respect_to_the_rays():
+    fn = problems.mlp()
+    level = fn(torch.zeros(1, 3, dtype=F64)).item()
+    o = (0.5 * problems.points(6)).requires_grad_()
+    v = problems.points(6, seed=7).requires_grad_()
+    weight = problems.points(6, seed=8)
+
+    def found():
+        hits = intersect_rays(fn, o, v, level, near=-4.0, far=4.0, tol=1e-14, max_iters=200)
+        return hits, hits.t[hits.mask].sum() + (hits.points * weight)[hits.mask].sum()
+
+    hits, loss = found()
+    assert hits.mask.sum() >= 3
+    bias = fn[0].bias
+    got = torch.autograd.grad(loss, [o, v, bias])
+    for tensor, gradient in zip((o, v, bias), got, strict=True):
+        for k in (0, 4, 7):
+            flat = tensor.detach().view(-1)
+            with torch.no_grad():
+                flat[k] += 1e-6
+                high = found()[1].item()
+                flat[k] -= 2e-6
+                low = found()[1].item()
+                flat[k] += 1e-6
+            slope = (high - low) / 2e-6
+            assert gradient.view(-1)[k].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_values_do_not_depend_on_gradients_and_nothing_is_touched():
+    net = problems.batch_norm_net()
+    o, v = problems.points(20), problems.points(20, seed=5)
+    level = 0.1
+    with torch.no_grad():
+        constant = intersect_rays(net, o, v, level, far=3.0)
+    hits = intersect_rays(net, o, v, level, far=3.0)
+    assert problems.same_bits(hits.t.detach(), constant.t)
+    assert problems.same_bits(hits.points.detach(), constant.points)
+    assert not constant.t.requires_grad
+    assert net.training
+    assert all(p.grad is None for p in net.parameters())
+    with torch.inference_mode():
+        assert problems.same_bits(intersect_rays(net, o, v, level, far=3.0).t, constant.t)
+    frozen = problems.Sphere().requires_grad_(False)
+    o, v = toward(0.4, 5)
+    assert not intersect_rays(frozen, o, v, far=5.0).t.requires_grad
+    with pytest.raises(RuntimeError, match=r"^fn: .*without a graph"):
+        intersect_rays(frozen, o, v, far=5.0, differentiable=True)
+
+
+def test_fitting_a_radius_to_a_depth_image():
+    camera = Camera.look_at((0, 0, 3.0), width=8, height=8)
+    row, column = (index.ravel() + 0.5 for index in np.mgrid[:8, :8])
+    o, v = (torch.from_numpy(a) for a in camera.rays(column, row))
+    depth = sphere_t(o, v, 0.62)
+    net = problems.Quadric(0.4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(16):
+        hits = intersect_rays(net, o, v, near=2.0, far=3.5, step=0.2, tol=1e-9)
+        both = hits.mask & torch.isfinite(depth)
+        optimizer.zero_grad()
+        (hits.t[both] - depth[both]).square().mean().backward()
+        optimizer.step()
+    assert net.radius.item() == pytest.approx(0.62, abs=2e-4)
+
+
+def test_moving_one_point_to_a_target_along_its_ray():
+    """One distance changes, the other is asked to stay."""
+    net = ls.networks.ImplicitMLP(3, 1, 16, 1, activation="softplus", beta=10.0)
+    net.double().init_sphere_(0.5, torch.Generator().manual_seed(0))
+    o = torch.tensor([[0.1, 0.2, 3.0], [3.0, 0.1, 0.2]], dtype=F64)
+    goal = None
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for _ in range(50):
+        hits = intersect_rays(net, o, -o, near=1.5, far=3.0, step=0.3, tol=1e-9)
+        if goal is None:
+            assert hits.mask.all()
+            goal = hits.t.detach() + torch.tensor([0.05, 0.0], dtype=F64)
+        optimizer.zero_grad()
+        (hits.t - goal).square().sum().backward()
+        optimizer.step()
+    assert (hits.t - goal).abs().max() < 5e-3
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_unusable_arguments():
+    fn, o, v = problems.Sphere(), problems.points(4), problems.points(4, seed=5)
+    cases = [
+        (r"^directions: expected \(n, d\) = \(4, 3\)", (o, v[:3]), {"far": 1.0}),
+        (r"^directions: expected finite lengths > 0, got 1 rows", (o, v * (v != v[1])), {"far": 1}),
+        (r"^far: expected a finite length", (o, v), {}),
+        (r"^near: expected a number or \(n,\) = \(4,\)", (o, v), {"near": v, "far": 1.0}),
+        (r"^step: expected a length > 0", (o, v), {"far": 1.0, "step": 0.0}),
+        (r"^lipschitz: expected a number > 0", (o, v), {"far": 1.0, "lipschitz": -1.0}),
+        (r"^level: expected a finite number", (o, v, math.nan), {"far": 1.0}),
+        (r"^batch: expected an integer", (o, v), {"far": 1.0, "batch": 0}),
+        (r"^tol: expected a finite number", (o, v), {"far": 1.0, "tol": -1.0}),
+        (r"^box: expected a pair", (o, v), {"box": 3}),
+    ]
+    for message, args, options in cases:
+        with pytest.raises(ValueError, match=message):
+            intersect_rays(fn, *args, **options)
+    with pytest.raises(ValueError, match=r"^fn: expected one output"):
+        intersect_rays(problems.Affine(2), o, v, far=1.0)
+    with pytest.raises(TypeError, match=r"^origins: expected a floating dtype"):
+        intersect_rays(fn, o.long(), v, far=1.0)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_camera():
+    camera = Camera.look_at((0, 0, 2.0), width=40, height=20, fov=90)
+    o, v = camera.rays(np.array([20.0, 20, 0]), np.array([10.0, 0, 10]))
+    np.testing.assert_allclose(o, [[0, 0, 2.0]] * 3)
+    s = math.sqrt(0.5)
+    expected = [[0, 0, -1], [0, s, -s], [-2 / math.sqrt(5), 0, -1 / math.sqrt(5)]]
+    np.testing.assert_allclose(v, expected, atol=1e-15)
+    flat = Camera.look_at((0, 0, 2.0), width=4, height=4, fov=0, span=3.0)
+    o, v = flat.rays(np.array([0.0, 4]), np.array([0.0, 4]))
+    np.testing.assert_allclose(o, [[-1.5, 1.5, 2], [1.5, -1.5, 2]])
+    np.testing.assert_allclose(v, [[0, 0, -1]] * 2)
+    with pytest.raises(ValueError, match=r"^up: expected a direction across the view"):
+        Camera.look_at((0, 2.0, 0))
+    with pytest.raises(ValueError, match=r"^eye: expected another point than target"):
+        Camera.look_at((0, 0, 0))
+
+
+def test_render():
+    camera = Camera.look_at((0, 0, 3.0), width=36, height=24, fov=40)
+    sphere = problems.Sphere(0.7).float()
+    options = {"background": (1.0, 1.0, 1.0), "color": (0.2, 0.4, 0.8)}
+    image = render(sphere, camera, **options)
+    assert image.shape == (24, 36, 3)
+    assert image.dtype == np.uint8
+    assert (image[0, 0] == 255).all()
+    assert image[12, 18, 2] > image[12, 18, 0]
+    assert image[9, 15].sum() > image[15, 21].sum()  # the light comes from the upper left
+    # The outline is averaged: its pixels lie between the ball and the background.
+    coarse = render(sphere, camera, supersample=1, **options)
+    seen = (coarse != 255).any(2)
+    row, column = (index.ravel() + 0.5 for index in np.mgrid[:24, :36])
+    o, v = (torch.from_numpy(a) for a in camera.rays(column, row))
+    assert np.array_equal(seen.ravel(), torch.isfinite(sphere_t(o, v, 0.7)).numpy())
+    assert (image != coarse).any(2).sum() > 20
+    assert (image[10:14, 16:20] == coarse[10:14, 16:20]).all()
+    # Cut open by a box, the inner side shows in its own colour.
+    cut = render(
+        sphere, camera, bounds=((-1, -1, -1), (1, 1, 0.2)), inner_color=(0.9, 0.1, 0.1), **options
+    )
+    assert cut[12, 18, 0] > cut[12, 18, 2]
+    assert np.array_equal(render(sphere, camera, **options), image)
+    with pytest.raises(ValueError, match=r"^supersample: expected an integer >= 1"):
+        render(sphere, camera, supersample=0)
+    with pytest.raises(ValueError, match=r"^color: expected numbers in \[0, 1\]"):
+        render(sphere, camera, color=(2.0, 0, 0))
+
+
+# --- integrals ------------------------------------------------------------------------------------
+
+UNIT, TORUS = (-1.0, 1.0), ((-1.4, -1.4, -0.4), (1.4, 1.4, 0.4))
+MEASURES = {
+    "sphere": (surface_area, problems.Sphere, UNIT, 3, 4 * math.pi * 0.49),
+    "cut sphere": (surface_area, problems.Sphere, ((-1, -1, 0), (1, 1, 1)), 3, 2 * math.pi * 0.49),
+    "torus": (surface_area, problems.Torus, TORUS, 3, 4 * math.pi**2 * 0.3),
+    "circle": (surface_area, lambda: problems.Sphere(d=2), UNIT, 2, 2 * math.pi * 0.7),
+    "3-sphere": (surface_area, lambda: problems.Sphere(d=4), UNIT, 4, 2 * math.pi**2 * 0.343),
+    "ball": (level_set_volume, problems.Quadric, UNIT, 3, 4 / 3 * math.pi * 0.343),
+    "disc": (level_set_volume, lambda: problems.Sphere(d=2), UNIT, 2, math.pi * 0.49),
+    "solid torus": (level_set_volume, problems.Torus, TORUS, 3, 2 * math.pi**2 * 0.09),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_without_a_mesh(name):
+    measure, make, bounds, dim, truth = MEASURES[name]
+    g = torch.Generator().manual_seed(5)
+    found = measure(make(), bounds, lines=6000, dim=dim, generator=g)
+    assert found.lines == 6000
+    assert 0 < found.standard_error < 0.08 * truth
+    assert abs(found.value - truth) < 4 * found.standard_error
+
+
+def test_integrals_of_functions():
+    g = torch.Generator().manual_seed(5)
+    found = level_set_integral(
+        problems.Sphere(), lambda p: torch.cat([p, p**2], 1), UNIT, lines=6000, generator=g
+    )
+    truth = torch.tensor([0.0] * 3 + [4 * math.pi * 0.7**4 / 3] * 3, dtype=F64)
+    assert ((found.value - truth).abs() < 4 * found.standard_error).all()
+    with pytest.raises(ValueError, match=r"^integrand: expected \(m,\) or \(m, k\)"):
+        level_set_integral(problems.Sphere(), lambda p: p.sum(), UNIT, lines=10)
+
+
+def test_the_interval_holds_the_truth_as_often_as_promised():
+    g = torch.Generator().manual_seed(1)
+    fn, truth, held = problems.Sphere(0.7, 2), 2 * math.pi * 0.7, 0
+    for _ in range(80):
+        estimate = surface_area(fn, UNIT, lines=100, lipschitz=1.0, step=0.1, generator=g, dim=2)
+        low, high = estimate.interval()
+        held += bool(low < truth < high)
+    assert 70 <= held <= 80  # of 100, 95 +- 2.2
+
+
+def test_a_network_and_unusable_arguments():
+    net = ls.networks.ImplicitMLP(2, 1, 8, 1).init_sphere_(0.5)
+    assert isinstance(net, nn.Module)
+    found = surface_area(net, ((-2.0, -2.0), (2.0, 2.0)), lines=200)
+    assert found.crossings > 0
+    empty = surface_area(net, UNIT, level=1e6, lines=50, dim=2)
+    assert empty.value == empty.standard_error == empty.crossings == 0
+    with pytest.raises(ValueError, match=r"^lines: expected an integer >= 2"):
+        surface_area(net, UNIT, lines=1, dim=2)
+    with pytest.raises(ValueError, match=r"^bounds: expected lower < upper"):
+        surface_area(net, (1.0, 1.0), dim=2)
+    with pytest.raises(ValueError, match=r"^bounds: expected finite corners"):
+        surface_area(net, (None, 1.0), dim=2)
