@@ -1,6 +1,13 @@
 """Surfaces and curves of level sets: extraction, comparison, rays, curvature, integrals."""
 
 from levelset_ext.geometry.compare import compare_meshes
+from levelset_ext.geometry.coverage import (
+    Coverage,
+    CoverageEstimate,
+    coverage,
+    estimate_coverage,
+    sample_level_set,
+)
 from levelset_ext.geometry.curvature import Curvature, curvature, curvature_penalty
 from levelset_ext.geometry.curves import Curve, CurveEnd, CurveTrace, trace_curve
 from levelset_ext.geometry.extract import Mesh, extract_mesh
@@ -16,6 +23,8 @@ from levelset_ext.geometry.render import Camera, render
 
 __all__ = [
     "Camera",
+    "Coverage",
+    "CoverageEstimate",
     "Curvature",
     "Curve",
     "CurveEnd",
@@ -25,8 +34,10 @@ __all__ = [
     "RayCrossings",
     "RayHits",
     "compare_meshes",
+    "coverage",
     "curvature",
     "curvature_penalty",
+    "estimate_coverage",
     "extract_mesh",
     "intersect_rays",
     "level_set_integral",
@@ -34,6 +45,7 @@ __all__ = [
     "ray_crossings",
     "render",
     "render_preview",
+    "sample_level_set",
     "surface_area",
     "trace_curve",
 ]
