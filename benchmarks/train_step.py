@@ -13,9 +13,9 @@ batch of 128 training images: loss, backward, Adam. Per case:
                below. Rows that leave the search early can.
 
 Cases: "paper", Section 3.2 with 40 steps in float32, and "fast", the preset of ``levelset-ext train
-robust``. The three are timed in turns, and the ratio of every turn is taken by itself. Before that,
-the points of both objectives are checked: |margin| at the boundary points is below ``keep_below``.
-How many rows the search keeps busy depends on the network, so a trained one should be given.
+robust``. The three are timed in turns, in seconds of processor time, and the ratio of every turn
+is taken by itself. Before that, boundary points are searched and their |margin| checked. How many
+rows a search keeps busy depends on the network, so a trained one should be given.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ def passes(
 
 
 def clock(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    """Seconds of processor time, which other programs on the machine disturb least."""
+    began = time.process_time()
     run()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def spread(values: list[float]) -> dict[str, float]:
