@@ -81,7 +81,7 @@ class Run:
             except InputError:
                 say(f"{file}: damaged, computed again")
         if state is None:
-            state = {"kind": self.kind, **compute()}
+            state = {**compute(), "kind": self.kind}
             save_checkpoint(file, state)
         self.done += 1
         last = self.done == self.units
@@ -90,7 +90,7 @@ class Run:
         return state
 
 
-def arguments(description: str | None, defaults: dict[str, Any] | None = None) -> Any:
+def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all experiments have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -180,7 +180,7 @@ def train_classifier(
     batch: int = 64,
     seed: int = 0,
 ) -> None:
-    """Adam with a learning rate that falls along a cosine; batches drawn with replacement of none.
+    """Adam with a learning rate that falls along a cosine, on batches in random order.
 
     ``loss_of(x, y, step)`` is the loss of a batch. The batches depend on the seed alone.
     """

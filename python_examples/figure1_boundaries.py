@@ -4,16 +4,16 @@
     python python_examples/figure1_boundaries.py --out DIR             (the paper's setting)
 
 The same network is trained by (a) cross entropy, (b) Eq. 12 in L_inf, (c) Eq. 12 in L2 and (d)
-the geometric SVM, Eq. 11. DIR/boundaries.png shows the boundaries, around every point the square
-or disc of the margin that was reached (red where a point has less than the target eps), and in
-(d) the level sets +1 and -1. DIR/margins.csv has the distances from the points to the boundary,
+the geometric SVM, Eq. 11. DIR/boundaries.png shows the boundaries; around every point the square
+or disc of the target eps, red where the boundary is nearer; in (d) the disc of the smallest margin
+and the level sets +1 and -1. DIR/margins.csv has the distances from the points to the boundary,
 which is taken from a dense grid and not from the samples that the losses used; wrong points count
 negative.
 
 The paper's setting (supplementary 2.1): FC-1 (3 x 512), Adam 0.001, 1000 epochs, batch size 1,
 lambda 0.001, 20 iterations. Not in the paper: the points, which are drawn here; eps, 0.9 times
-what any boundary can reach; the first tenth of (b), (c) and (d), which is cross entropy, as a
-boundary has to exist before it can be moved; alpha -1 and L2 in (d).
+what any boundary can reach; the first tenth of (b), (c) and (d), which is cross entropy (a quarter
+with --quick), as a boundary has to exist before it can be moved; alpha -1 and L2 in (d).
 """
 
 from __future__ import annotations
@@ -100,7 +100,14 @@ def newton_samples(
     with torch.no_grad():
         margins = margin(network(x), y)
     rows = torch.nonzero(found.converged).squeeze(1)
-    return BoundarySamples(found[rows], rows, margins[rows] > 0, margins, found.converged)
+    return BoundarySamples(
+        result=found[rows],
+        rows=rows,
+        correct=margins[rows] > 0,
+        margins=margins,
+        crossed=found.converged,
+        ends=found.points,
+    )
 
 
 def difference(network: nn.Module, x: Tensor) -> Tensor:
@@ -190,7 +197,9 @@ def draw(axes: Any, panel: str, values: np.ndarray, x: Tensor, y: Tensor, figure
     norm = "linf" if panel in ("cross-entropy", "robust-linf") else "l2"
     margins, eps = figures[norm], figures["eps"][norm]
     side = ListedColormap(["#f6dcd8", "#d9e6f5"])
-    axes.imshow(values > 0, origin="lower", extent=(*WINDOW, *WINDOW), cmap=side, aspect="equal")
+    axes.imshow(
+        values > 0, origin="lower", extent=(*WINDOW, *WINDOW), cmap=side, interpolation="nearest"
+    )
     for line in contours(values, 0.0):
         axes.plot(*line.T, color="#20242c", lw=1.6, zorder=3)
     if panel == "geometric-svm":
@@ -201,7 +210,7 @@ def draw(axes: Any, panel: str, values: np.ndarray, x: Tensor, y: Tensor, figure
         # One size for all: what is drawn is the smallest margin, or eps where eps was the aim.
         size = eps if "robust" in panel or panel == "cross-entropy" else max(margins.min(), 0)
         short = reached < 0.99 * size
-        style = {
+        style: dict[str, Any] = {
             "fill": False,
             "ec": RED if short else GREY,
             "lw": 1.6 if short else 0.9,
@@ -245,7 +254,8 @@ def work(argv: Sequence[str] | None) -> None:
             target = eps["l2" if panel == "robust-l2" else "linf"]
 
             def compute(panel: str = panel, target: float = target, s: Setting = one) -> Any:
-                return train(panel, *draw_points(s.seed), target, s)
+                x, y = draw_points(s.seed)
+                return train(panel, x, y, target, s)
 
             state = run.unit(f"{number}-{panel}", compute)["state"]
             network = ImplicitMLP(2, 2, setting.width, 3, activation="relu")

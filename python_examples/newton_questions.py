@@ -55,7 +55,7 @@ import levelset_ext as ls
 from levelset_ext.data.images import Images, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.networks import build
-from levelset_ext.recipes.classifiers import load_classifier
+from levelset_ext.recipes.classifiers import classifier_state, load_classifier
 from levelset_ext.recipes.progress import say
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -177,7 +177,7 @@ def method_rows(field: Field, x: Tensor, pool: Tensor, setting: Setting) -> list
     if len(common) == 0:
         raise InputError("no row is solved by all methods; more training or --descent-steps help")
     x, ends = x[common], ends[common]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, method in solve.items():
         counting = Counting(field)
         found = method(counting, x, ends)
@@ -248,10 +248,9 @@ def draw_methods(plt: Any, rows: list[dict[str, Any]], path: Path) -> None:
     axes[0].set(title="rows solved, %", xlim=(0, 105))
     gradients = [row["gradients_per_row"] for row in rows]
     total = [row["gradients_per_row"] + row["values_per_row"] for row in rows]
-    axes[1].barh(names, total, color=colors, alpha=0.45, label="of F alone")
-    axes[1].barh(names, gradients, color=colors, label="of F and its gradient")
-    axes[1].set(title="evaluations per row", xscale="log")
-    axes[1].legend(fontsize=7)
+    axes[1].barh(names, total, color=colors, alpha=0.45)
+    axes[1].barh(names, gradients, color=colors)
+    axes[1].set(title="evaluations per row (pale: F without gradient)", xscale="log")
     middle = [1e3 * row["seconds"] for row in rows]
     spread = [
         [1e3 * (row["seconds"] - row["seconds_q25"]) for row in rows],
@@ -259,8 +258,12 @@ def draw_methods(plt: Any, rows: list[dict[str, Any]], path: Path) -> None:
     ]
     axes[2].barh(names, middle, xerr=spread, color=colors, error_kw={"lw": 1, "capsize": 2})
     axes[2].set(title=f"milliseconds for {rows[0]['rows_compared']} rows", xscale="log")
-    axes[3].barh(names, [row["distance_median"] for row in rows], color=colors)
-    axes[3].set(title=r"median $L_2$ distance moved", xscale="log")
+    moved = [row["distance_median"] for row in rows]
+    axes[3].barh(names, moved, color=colors)
+    axes[3].set(title=r"median $L_2$ distance moved")
+    for axis, values in zip(axes[1:3], (gradients, middle), strict=True):
+        # Bars on a logarithmic axis begin at a power of ten, not at the smallest of them.
+        axis.set_xlim(left=10 ** math.floor(math.log10(min(values)) - 1e-9))
     axes[0].invert_yaxis()
     save_picture(figure, path)
 
@@ -329,7 +332,7 @@ def work(argv: Sequence[str] | None) -> None:
 
     def make_network() -> dict[str, Any]:
         network = trained_network(args, train, setting)
-        return {**network.config, "state": network.state_dict()}
+        return classifier_state(network)
 
     kept = run.unit("network", make_network)
     options = {**kept["options"], "shape": tuple(kept["options"]["shape"])}
@@ -342,11 +345,11 @@ def work(argv: Sequence[str] | None) -> None:
     residuals = []
     for name, one in (("untrained", untrained), ("trained", network)):
         f = class_margin(one, setting.label)
-        unit = run.unit(
-            f"residuals-{name}",
-            lambda f=f, name=name: {"rows": residual_rows(name, f, test.images, setting)},
-        )
-        residuals += unit["rows"]
+
+        def measure(name: str = name, f: Field = f) -> dict[str, Any]:
+            return {"rows": residual_rows(name, f, test.images, setting)}
+
+        residuals += run.unit(f"residuals-{name}", measure)["rows"]
     methods = run.unit(
         "methods", lambda: {"rows": method_rows(field, test.images, train.images, setting)}
     )["rows"]

@@ -5,9 +5,10 @@ All have one interface, :class:`Objective`.
 
 from levelset_ext.objectives.adversarial import MMA, Madry, Trades
 from levelset_ext.objectives.base import Objective, Step
-from levelset_ext.objectives.level_sets import GeometricSvm, Robust, refresh_statistics
+from levelset_ext.objectives.level_sets import GeometricSvm, Robust
 from levelset_ext.objectives.linearized import CURE, LLR, LargeMargin
 from levelset_ext.objectives.plain import CrossEntropy, Hinge
+from levelset_ext.objectives.statistics import with_batch_statistics
 
 __all__ = [
     "CURE",
@@ -23,7 +24,7 @@ __all__ = [
     "Robust",
     "Step",
     "Trades",
-    "refresh_statistics",
+    "with_batch_statistics",
 ]
 
 OBJECTIVES: dict[str, type] = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from levelset_ext.attacks.pgd import Settings, climb
-from levelset_ext.field import Field, evaluation_copy
+from levelset_ext.field import Field
 from levelset_ext.losses.geometric_svm import NORMS, geometric_svm
 from levelset_ext.losses.robust import DISTANCES, robust
 from levelset_ext.margin import margin
@@ -21,24 +21,10 @@ from levelset_ext.objectives.common import (
     uniform_start,
     warm_offsets,
 )
+from levelset_ext.objectives.statistics import with_batch_statistics
 from levelset_ext.samplers.boundary import BoundarySamples, find_boundary
 
-__all__ = ["GeometricSvm", "Robust", "refresh_statistics"]
-
-
-def refresh_statistics(network: nn.Module, x: Tensor) -> None:
-    """Moves the running statistics of batch norms in train mode towards those of x.
-
-    The points of a level set, their levels, D_xF and p(theta) have to belong to one function. With
-    the statistics of a batch they do not: every subset of rows has a function of its own. The
-    objectives here therefore evaluate the network in eval mode throughout, and this one forward in
-    train mode, without a graph, is what makes its running statistics follow the weights. A network
-    without such layers is not evaluated.
-    """
-    norms = (nn.modules.batchnorm._BatchNorm,)
-    if any(isinstance(m, norms) and m.training for m in network.modules()):
-        with torch.no_grad():
-            network(x)
+__all__ = ["GeometricSvm", "Robust"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +68,9 @@ class GeometricSvm:
         generator: torch.Generator | None = None,
         progress: float = 1.0,
     ) -> Step:
-        refresh_statistics(network, x)
         done = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
         loss = geometric_svm(
-            network,
+            with_batch_statistics(network, x),
             x,
             y,
             alpha=self.alpha,
@@ -126,7 +111,7 @@ class Robust:
     whose steps go on from where those of the last visit ended.
 
     Under autocast the steps and the cross entropy run in reduced precision, Eq. 12 does not. With
-    batch norm everything uses the running statistics, see :func:`refresh_statistics`.
+    batch norm see :func:`levelset_ext.objectives.statistics.with_batch_statistics`.
 
     Figures: correct, wrong: the parts of Eq. 12; distance: mean signed distance to the boundary
     points; accuracy: at x for "margin", at the ends for "xent"; crossed: share of examples with a
@@ -182,15 +167,14 @@ class Robust:
         offsets: Tensor | None = None,
     ) -> Step:
         x = x.detach()
-        refresh_statistics(network, x)
-        field = evaluation_copy(network)
+        field = with_batch_statistics(network, x)
         done = 1.0 if self.warmup == 0 else min(1.0, progress / self.warmup)
         eps = self.eps_first + (self.eps_correct - self.eps_first) * done
         start = None
         if offsets is not None and self.warm_start > 0:
             start = warm_offsets(offsets, self.warm_start, eps, generator)
         if self.search == "xent":
-            return self._after_all_steps(network, field, x, y, eps, start, generator)
+            return self._after_all_steps(field, x, y, eps, start, generator)
         return self._until_crossed(field, x, y, eps, start, generator)
 
     def _until_crossed(
@@ -230,8 +214,7 @@ class Robust:
 
     def _after_all_steps(
         self,
-        network: nn.Module,
-        field: Field,
+        field: nn.Module,
         x: Tensor,
         y: Tensor,
         eps: float,
@@ -240,7 +223,7 @@ class Robust:
     ) -> Step:
         if start is None:
             start = uniform_start(x, eps, generator)
-        quiet = search_logits(network, y)
+        quiet = search_logits(field, y)
         step = self.step * eps / self.eps_correct if self.eps_correct > 0 else self.step
         delta = climb(
             lambda d: functional.cross_entropy(quiet(x + d), y, reduction="none"),
