@@ -55,7 +55,9 @@ def margin_field(fn: Field, labels: Tensor) -> Callable[[Tensor], Tensor]:
     Args:
         fn: classifier (n, *event) -> logits (n, K), or (n,) for K = 2 with one logit; a module runs
             as its eval-mode clone and keeps its graph.
-        labels: (n,) integers, one for every row the field will be given.
+        labels: (n,) integers, one for every row the field will be given. A sampler that drops rows
+            as they finish (:func:`levelset_ext.project`) gives it fewer, which is an error: project
+            the rows of one label at a time, on ``f_y`` minus the largest other logit.
     """
     field = as_field(fn)
     return lambda x: margin(field(x), labels, check=False)
