@@ -109,7 +109,7 @@ def extension() -> object:
     floors = ["cpu", "torch"]
     headers = sorted(
         str(path.relative_to(ROOT))
-        for pattern in ("*.h", "*.cuh")
+        for pattern in ("*.h", "*.cuh", "*.inc")
         for path in (ROOT / "csrc").rglob(pattern)
     )
     options: dict = {"include_dirs": [], "library_dirs": [], "libraries": [], "extra_link_args": []}

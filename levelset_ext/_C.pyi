@@ -12,3 +12,9 @@ bracket_columns: int
 bracket_at: int
 bracket_value: int
 build: dict[str, Any]
+mlp_activations: dict[str, int]
+mlp_vector_bytes: int
+
+def mlp_place(
+    outputs: int, columns: int, at: int, double_precision: bool
+) -> tuple[int, int, int, int]: ...

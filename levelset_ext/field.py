@@ -146,6 +146,10 @@ def values_of(field: Field, x: Tensor) -> Tensor:
 
 def jacobian_of(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     """F and D_xF of an already prepared field; see :func:`value_and_jacobian`."""
+    compiled = getattr(field, "evaluate", None)
+    if compiled is not None and field.takes(x):  # type: ignore[attr-defined]
+        found = compiled(x)
+        return found.values, found.jacobian
     # Inference mode would make tensors that autograd refuses.
     with torch.inference_mode(False), torch.enable_grad():
         point = x.detach().clone() if x.is_inference() else x.detach()

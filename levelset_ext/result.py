@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from levelset_ext import _C, ops
 
 if TYPE_CHECKING:
+    from levelset_ext.compiled.tape import Tape
 
     class Status(IntEnum):
         """Names of the status codes; the values come from the compiled module."""
@@ -39,6 +40,11 @@ else:
     """
 
 
+def _cat_tapes(tapes: Sequence[Tape | None]) -> Tape | None:
+    known = [tape for tape in tapes if tape is not None]
+    return known[0].cat(known) if len(known) == len(tapes) else None
+
+
 _TENSORS = ("points", "values", "jacobian", "level", "status", "iterations")
 
 
@@ -53,6 +59,8 @@ class LevelSetResult:
         level: c, (n, l).
         status: (n,) int8, a :class:`Status` each.
         iterations: (n,) int32, updates each row took.
+        tape: what a compiled field remembers of its last evaluation, or None; see
+            :class:`~levelset_ext.networks.MLP`.
     """
 
     points: Tensor
@@ -61,6 +69,7 @@ class LevelSetResult:
     level: Tensor
     status: Tensor
     iterations: Tensor
+    tape: Tape | None = field(default=None, repr=False)
 
     @cached_property
     def converged(self) -> Tensor:
@@ -100,7 +109,8 @@ class LevelSetResult:
         if len(results) == 1:
             return results[0]
         return LevelSetResult(
-            **{name: torch.cat([getattr(r, name) for r in results]) for name in _TENSORS}
+            **{name: torch.cat([getattr(r, name) for r in results]) for name in _TENSORS},
+            tape=_cat_tapes([r.tape for r in results]),
         )
 
     def __len__(self) -> int:
@@ -112,7 +122,10 @@ class LevelSetResult:
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"row {rows} of a result with {len(self)} rows")
             rows = slice(rows % len(self), rows % len(self) + 1)
-        return LevelSetResult(**{name: getattr(self, name)[rows] for name in _TENSORS})
+        return LevelSetResult(
+            **{name: getattr(self, name)[rows] for name in _TENSORS},
+            tape=None if self.tape is None else self.tape[rows],
+        )
 
     def counts(self) -> dict[str, int]:
         """How many rows ended with each status; statuses that did not occur are left out."""

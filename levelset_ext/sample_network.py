@@ -93,7 +93,10 @@ def move_points(
     points = result.points
     finite = _finite_rows(result)
     jacobian = result.jacobian.flatten(2)
-    values = evaluate(field, _stand_in(points, finite)).to(points.dtype)
+    if result.tape is not None and torch.is_grad_enabled() and result.tape.fits(field):
+        values = result.tape.values()
+    else:
+        values = evaluate(field, _stand_in(points, finite)).to(points.dtype)
     if values.shape != result.values.shape:
         raise ValueError(
             f"fn: expected the l = {result.values.shape[1]} outputs of result.values, "

@@ -27,7 +27,10 @@ OPS = sorted(
 )
 
 
-@pytest.mark.parametrize("op", OPS)
+ON_CPU_ONLY = {op for op in OPS if op.startswith("mlp_")}  # elsewhere the module is called
+
+
+@pytest.mark.parametrize("op", sorted(set(OPS) - ON_CPU_ONLY))
 def test_every_op_has_a_cuda_kernel_exactly_when_cuda_is_in(op):
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"levelset_ext::{op}", "CUDA")
     assert registered == ls.build_info()["cuda"]

@@ -105,7 +105,8 @@ def test_the_sign_of_zero_survives():
 def test_frozen_is_equation_9():
     fn, r = found("mlp 2", max_iters=2)
     assert not r.converged.all()
-    assert same_bits(ls.sample_network(fn, r, frozen=True), r.points)  # c = F(p), converged or not
+    # c = F(p), converged or not; the compiled field that found F(p) rounds in another order.
+    torch.testing.assert_close(ls.sample_network(fn, r, frozen=True), r.points, rtol=0, atol=1e-14)
     with torch.no_grad():
         for parameter in fn.parameters():
             parameter.mul_(1.02)

@@ -3,10 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstddef>
+#include <tuple>
 
 #include "../core/limits.h"
 #include "../core/params.h"
 #include "../core/status.h"
+#include "../cpu/mlp.h"
 
 // `team` chooses who works on a row on CUDA: 0 automatic, 1 thread, 2 warp, 3 block. The CPU
 // ignores it.
@@ -25,7 +27,35 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
       "Tensor end, Tensor values, Tensor level, Tensor? index, float tol, int variant, bool last, "
       "int team=0) -> ()");
   library.def("nearest(Tensor query, Tensor cloud) -> (Tensor, Tensor)");
+  // A compiled field: layout (layers, 7) is outputs, hidden, inputs, activation and the three
+  // places of mlp_place; scales (layers, 2) is sharpness and threshold.
+  library.def(
+      "mlp_pack_(Tensor(a!) packed, Tensor layout, Tensor scales, int index, Tensor? hidden, "
+      "Tensor? inputs, Tensor? bias) -> ()");
+  library.def(
+      "mlp_project(Tensor packed, Tensor layout, Tensor scales, Tensor points, Tensor level, "
+      "Tensor? lower, Tensor? upper, int max_iters, float tol, float max_step, bool keep, "
+      "int threads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "mlp_values(Tensor packed, Tensor layout, Tensor scales, Tensor points, int threads) -> "
+      "Tensor");
+  library.def("mlp_weight_gradient(Tensor deltas, Tensor hidden, Tensor coefficients) -> Tensor");
 }
+
+namespace {
+
+// Where bias, forward and backward matrix of a layer are packed from `at` on, and the end.
+std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> mlp_place(
+    std::int64_t outputs, std::int64_t columns, std::int64_t at, bool double_precision) {
+  levelset::MlpLayer layer{};
+  layer.outputs = outputs;
+  layer.hidden = columns;
+  const std::int64_t end = double_precision ? levelset::cpu::mlp_place<double>(layer, at)
+                                            : levelset::cpu::mlp_place<float>(layer, at);
+  return {layer.bias_at, layer.forward_at, layer.backward_at, end};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, module) {
   using levelset::RowStatus;
@@ -56,6 +86,18 @@ PYBIND11_MODULE(_C, module) {
   module.attr("bracket_columns") = levelset::kBracketColumns;
   module.attr("bracket_at") = offsetof(levelset::BracketRow, at) / sizeof(double);
   module.attr("bracket_value") = offsetof(levelset::BracketRow, newest.value) / sizeof(double);
+
+  pybind11::dict activations;
+  activations["none"] = int(levelset::Activation::kNone);
+  activations["relu"] = int(levelset::Activation::kRelu);
+  activations["silu"] = int(levelset::Activation::kSilu);
+  activations["softplus"] = int(levelset::Activation::kSoftplus);
+  activations["sine"] = int(levelset::Activation::kSine);
+  activations["tanh"] = int(levelset::Activation::kTanh);
+  module.attr("mlp_activations") = activations;
+  module.def("mlp_place", &mlp_place, pybind11::arg("outputs"), pybind11::arg("columns"),
+             pybind11::arg("at"), pybind11::arg("double_precision"));
+  module.attr("mlp_vector_bytes") = int(levelset::cpu::mlp_kernels<float>().lanes * sizeof(float));
 
   pybind11::dict build;
   build["compiler"] = LEVELSET_COMPILER;

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from levelset_ext.compiled import MLP
 from levelset_ext.field import Field, as_field, check_points, jacobian_of
-from levelset_ext.result import LevelSetResult
+from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState
 
 
@@ -27,6 +28,13 @@ def level_points(fn: Field, x: Tensor) -> LevelSetResult:
         ``RANK_DEFICIENT`` or ``NON_FINITE``.
     """
     x = check_points("x", x)
+    if isinstance(fn, MLP) and fn.takes(x):
+        keep = torch.is_grad_enabled()
+        with torch.inference_mode(False):
+            found = fn.evaluate(x, keep)
+        finite = found.status != Status.NON_FINITE
+        status = torch.where(finite, found.rank_status, found.status)
+        return replace(found, level=found.values.clone(), status=status)
     with torch.inference_mode(False), torch.no_grad():
         values, jacobian = jacobian_of(as_field(fn), x)
         state = SamplerState(x, values)

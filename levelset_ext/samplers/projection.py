@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from levelset_ext import ops
+from levelset_ext.compiled import MLP, compiled_field
 from levelset_ext.field import Field, as_field, check_points, jacobian_of, values_of
+from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState, box_bounds, check_limits
 
@@ -48,7 +50,8 @@ def project(
     Returns:
         A detached :class:`~levelset_ext.LevelSetResult`. ``values`` and ``jacobian`` are those of
         the returned points, also for rows that did not converge. A finished row is not evaluated
-        again.
+        again. A network that is a multilayer perceptron runs as its compiled field, see
+        :class:`~levelset_ext.networks.MLP`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -63,6 +66,19 @@ def project(
         raise ValueError(f"step_size: expected a finite number > 0, got {step_size!r}")
     if history < 1:
         raise ValueError(f"history: expected at least 1 pair, got {history!r}")
+    compiled = compiled_field(fn, x) if method == "newton" else None
+    if compiled is not None:
+        keep = isinstance(fn, MLP) and torch.is_grad_enabled()
+        with torch.inference_mode(False):
+            return compiled.newton(
+                x,
+                level_rows(level, len(x), compiled.outputs, x),
+                max_iters,
+                tol,
+                max_step,
+                box_bounds(box, x),
+                keep,
+            )
     field = as_field(fn)
     # Tensors made in inference mode could not enter the sample network afterwards.
     with torch.inference_mode(False), torch.no_grad():

@@ -1,0 +1,308 @@
+#include "mlp.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+
+#include "../core/params.h"
+#include "../core/status.h"
+#include "rows.h"
+
+namespace levelset::cpu {
+
+template <typename S>
+const MlpKernels<S>& mlp_kernels() {
+  static const MlpKernels<S>* const chosen = [] {
+    const char* asked = std::getenv("LEVELSET_ISA");
+    const std::string_view name = asked != nullptr ? asked : "";
+    if (name != "avx2" && name != "portable" && mlp_kernels_avx512<S>()) {
+      return mlp_kernels_avx512<S>();
+    }
+    if (name != "portable" && mlp_kernels_avx2<S>()) return mlp_kernels_avx2<S>();
+    return mlp_kernels_portable<S>();
+  }();
+  return *chosen;
+}
+
+namespace {
+
+// Panels of at most two vectors of columns, see MlpNet. element(k, c) is row k, column c.
+template <typename S, typename Element>
+void pack(std::int64_t rows, std::int64_t columns, S* to, Element element) {
+  const std::int64_t lanes = mlp_kernels<S>().lanes;
+  for (std::int64_t first = 0; first < columns; first += 2 * lanes) {
+    const std::int64_t width = first + lanes < columns ? 2 * lanes : lanes;
+    const std::int64_t real = std::min(width, columns - first);
+    for (std::int64_t k = 0; k < rows; ++k) {
+      for (std::int64_t c = 0; c < real; ++c) to[c] = element(k, first + c);
+      for (std::int64_t c = real; c < width; ++c) to[c] = S(0);
+      to += width;
+    }
+  }
+}
+
+}  // namespace
+
+template <typename S>
+std::int64_t mlp_place(MlpLayer& layer, std::int64_t at) {
+  const std::int64_t lanes = mlp_kernels<S>().lanes;
+  const std::int64_t columns = layer.hidden + layer.inputs;
+  layer.bias_at = at;
+  layer.forward_at = layer.bias_at + padded(layer.outputs, 2 * lanes);
+  layer.backward_at = layer.forward_at + columns * padded(layer.outputs, lanes);
+  return layer.backward_at + padded(layer.outputs * padded(columns, lanes), lanes);
+}
+
+template <typename S>
+void mlp_pack(const MlpLayer& layer, Matrix<S> hidden, Matrix<S> inputs, const S* bias,
+              std::int64_t bias_stride, S* packed) {
+  S* const to = packed + layer.bias_at;
+  std::fill(to, packed + layer.forward_at, S(0));
+  if (bias != nullptr) {
+    for (std::int64_t i = 0; i < layer.outputs; ++i) to[i] = bias[i * bias_stride];
+  }
+  const auto at = [](const Matrix<S>& m, std::int64_t row, std::int64_t column) {
+    return m.at[row * m.row_stride + column * m.column_stride];
+  };
+  // Forward the point's columns come first, as `multiply` reads them; backward they come last.
+  pack(layer.inputs + layer.hidden, layer.outputs, packed + layer.forward_at,
+       [&](std::int64_t k, std::int64_t c) {
+         return k < layer.inputs ? at(inputs, c, k) : at(hidden, c, k - layer.inputs);
+       });
+  pack(layer.outputs, layer.hidden + layer.inputs, packed + layer.backward_at,
+       [&](std::int64_t k, std::int64_t c) {
+         return c < layer.hidden ? at(hidden, k, c) : at(inputs, k, c - layer.hidden);
+       });
+}
+
+template <typename S>
+std::int64_t mlp_tile_rows(std::int64_t rows, std::int64_t threads) {
+  // Eight blocks of rows: the weights of a layer are then read often enough from the second cache.
+  const std::int64_t block = mlp_kernels<S>().block_rows;
+  const std::int64_t share = (rows + threads - 1) / std::max<std::int64_t>(1, threads);
+  return std::min(8 * block, padded(std::max<std::int64_t>(1, share), block));
+}
+
+template <typename S>
+MlpWorkspace<S>::MlpWorkspace(const MlpNet<S>& net, std::int64_t capacity, bool with_deltas,
+                              bool keep_deltas)
+    : capacity_(capacity) {
+  const std::int64_t lanes = mlp_kernels<S>().lanes, d = net.dimension;
+  const auto take = [&](std::int64_t numbers) {
+    const std::int64_t at = numbers_;
+    numbers_ += padded(numbers, 16);
+    return at;
+  };
+  // A stride that is a power of two would put the same column of all rows into one set of the
+  // cache.
+  const auto room = [&](std::int64_t columns) { return padded(columns, 2 * lanes) + 16; };
+  points_at_ = take(capacity * d);
+  values_at_ = take(capacity * net.outputs);
+  jacobian_at_ = take(capacity * net.outputs * d);
+  std::int64_t widest = std::max<std::int64_t>(net.outputs, d), last = 0;
+  const int hidden_layers = net.count - 1;
+  for (int k = 0; k < hidden_layers; ++k) {
+    stride_.push_back(room(net.layers[k].outputs + d));
+    last = std::max(last, stride_.back());
+    hidden_at_.push_back(take(capacity * stride_.back()));
+    const bool has_slopes = net.layers[k].activation > Activation::kRelu;
+    slopes_at_.push_back(has_slopes ? take(capacity * stride_.back()) : hidden_at_.back());
+  }
+  for (int k = 0; k < hidden_layers; ++k) {
+    widest = std::max(widest, net.layers[k].hidden > 0 ? std::int64_t(0) : d);
+  }
+  scratch_stride_ = room(widest);
+  scratch_at_ = take(capacity * scratch_stride_);
+  if (!with_deltas) {
+    deltas_at_.assign(std::size_t(net.outputs * hidden_layers), scratch_at_);
+  } else if (keep_deltas) {
+    for (int o = 0; o < net.outputs; ++o) {
+      for (int k = 0; k < hidden_layers; ++k) deltas_at_.push_back(take(capacity * stride_[k]));
+    }
+  } else {
+    const std::int64_t turns[] = {take(capacity * last), take(capacity * last)};
+    for (int o = 0; o < net.outputs; ++o) {
+      for (int k = 0; k < hidden_layers; ++k) deltas_at_.push_back(turns[k % 2]);
+    }
+  }
+}
+
+template <typename S>
+MlpTile<S> MlpWorkspace<S>::tile(S* memory) {
+  const auto places = [&](const std::vector<std::int64_t>& at, std::vector<S*>& to) {
+    to.clear();
+    for (const std::int64_t place : at) to.push_back(memory + place);
+    return to.data();
+  };
+  return {capacity_,
+          memory + points_at_,
+          memory + values_at_,
+          memory + jacobian_at_,
+          memory + scratch_at_,
+          scratch_stride_,
+          places(hidden_at_, hidden_),
+          places(slopes_at_, slopes_),
+          places(deltas_at_, deltas_),
+          stride_.data()};
+}
+
+namespace {
+
+// What a tile remembers of each of its rows.
+template <typename S>
+struct Slots {
+  std::vector<std::int64_t> row;
+  std::vector<std::int32_t> iterations;
+  std::vector<std::int8_t> status;
+  std::vector<S> level;
+};
+
+// A row whose last update was its last, judged by the values of its point.
+template <typename S>
+RowStatus judge(const S* values, const S* level, int outputs, double tol) {
+  S largest = S(0);
+  bool finite = true;
+  for (int o = 0; o < outputs; ++o) {
+    const S residual = std::fabs(values[o] - level[o]);
+    finite = finite && std::isfinite(residual);
+    largest = std::max(largest, residual);
+  }
+  if (!finite) return RowStatus::kNonFinite;
+  return largest <= S(tol) ? RowStatus::kConverged : RowStatus::kMaxIterations;
+}
+
+// Copies what a finished row leaves behind.
+template <typename S>
+void hand_over(const MlpProjectParams<S>& p, const MlpTile<S>& tile, std::int64_t slot,
+               std::int64_t row) {
+  const std::int64_t d = p.net.dimension, l = p.net.outputs;
+  std::copy_n(tile.points + slot * d, d, p.points + row * d);
+  std::copy_n(tile.values + slot * l, l, p.values + row * l);
+  std::copy_n(tile.jacobian + slot * l * d, l * d, p.jacobian + row * l * d);
+  if (p.hidden == nullptr) return;
+  // Sums over rows give a bad row the factor 0, which would still make NaN of what is not finite.
+  bool finite = true;
+  for (std::int64_t j = 0; j < l * d; ++j) finite &= std::isfinite(p.jacobian[row * l * d + j]);
+  for (std::int64_t j = 0; j < l; ++j) finite &= std::isfinite(p.values[row * l + j]);
+  for (std::int64_t j = 0; j < d; ++j) finite &= std::isfinite(p.points[row * d + j]);
+  const auto copy = [&](const S* from, std::int64_t width, S* to) {
+    finite ? std::copy_n(from, width, to) : std::fill_n(to, width, S(0));
+  };
+  S *hidden = p.hidden, *deltas = p.deltas;
+  const int layers = p.net.count - 1;
+  for (int k = 0; k < layers; ++k) {
+    const std::int64_t width = p.net.layers[k].outputs;
+    copy(tile.hidden[k] + slot * tile.stride[k], width, hidden + row * width);
+    hidden += p.rows * width;
+    for (std::int64_t o = 0; o < l; ++o) {
+      copy(tile.deltas[o * layers + k] + slot * tile.stride[k], width, deltas + row * width);
+      deltas += p.rows * width;
+    }
+  }
+}
+
+}  // namespace
+
+template <typename S>
+void mlp_project(const MlpProjectParams<S>& p, const MlpTile<S>& tile,
+                 std::atomic<std::int64_t>& next) {
+  const MlpKernels<S>& kernels = mlp_kernels<S>();
+  const std::int64_t d = p.net.dimension, l = p.net.outputs, capacity = tile.capacity;
+  Slots<S> slots{std::vector<std::int64_t>(capacity), std::vector<std::int32_t>(capacity),
+                 std::vector<std::int8_t>(capacity), std::vector<S>(capacity * l)};
+  std::int64_t taken = 0;
+  bool waiting = true;
+  while (true) {
+    while (waiting && taken < capacity) {
+      const std::int64_t wanted = capacity - taken, first = next.fetch_add(wanted);
+      const std::int64_t last = std::min(first + wanted, p.rows);
+      waiting = last == first + wanted;
+      for (std::int64_t row = first; row < last; ++row, ++taken) {
+        slots.row[taken] = row;
+        slots.iterations[taken] = 0;
+        std::copy_n(p.start + row * d, d, tile.points + taken * d);
+        std::copy_n(p.level + row * p.level_stride, l, slots.level.data() + taken * l);
+      }
+    }
+    if (taken == 0) return;
+    kernels.forward(p.net, tile, taken);
+    for (int o = 0; o < l; ++o) kernels.backward(p.net, tile, taken, o);
+
+    // A row that has no update left keeps its point and its RUNNING.
+    for (std::int64_t i = 0; i < taken; ++i) {
+      slots.status[i] = std::int8_t(slots.iterations[i] < p.max_iters ? RowStatus::kRunning
+                                                                      : RowStatus::kMaxIterations);
+    }
+    NewtonParams<S> update{};
+    update.rows = update.point_rows = taken;
+    update.columns = d;
+    update.outputs = int(l);
+    update.points = update.next = tile.points;
+    update.values = tile.values;
+    update.jacobian = tile.jacobian;
+    update.level = slots.level.data();
+    update.level_stride = l;
+    update.running = update.status = slots.status.data();
+    update.lower = p.lower;
+    update.upper = p.upper;
+    update.tol = p.tol;
+    update.max_step = p.max_step;
+    newton_update(update, 0, taken);
+
+    std::int64_t kept = 0;
+    for (std::int64_t i = 0; i < taken; ++i) {
+      const std::int64_t row = slots.row[i];
+      RowStatus status = RowStatus(slots.status[i]);
+      if (status == RowStatus::kRunning) {
+        slots.row[kept] = row;
+        slots.iterations[kept] = slots.iterations[i] + 1;
+        if (kept != i) {
+          std::copy_n(tile.points + i * d, d, tile.points + kept * d);
+          std::copy_n(slots.level.data() + i * l, l, slots.level.data() + kept * l);
+        }
+        ++kept;
+        continue;
+      }
+      if (status == RowStatus::kMaxIterations) {
+        status = judge(tile.values + i * l, slots.level.data() + i * l, int(l), p.tol);
+        for (std::int64_t j = 0; j < d; ++j) {
+          if (!std::isfinite(tile.points[i * d + j])) status = RowStatus::kNonFinite;
+        }
+      }
+      hand_over(p, tile, i, row);
+      p.status[row] = std::int8_t(status);
+      p.iterations[row] = slots.iterations[i];
+    }
+    taken = kept;
+  }
+}
+
+template <typename S>
+void mlp_values(const MlpNet<S>& net, const S* points, S* values, const MlpTile<S>& tile,
+                std::int64_t begin, std::int64_t end) {
+  const std::int64_t d = net.dimension, l = net.outputs;
+  for (std::int64_t first = begin; first < end; first += tile.capacity) {
+    const std::int64_t rows = std::min(tile.capacity, end - first);
+    std::copy_n(points + first * d, rows * d, tile.points);
+    mlp_kernels<S>().forward(net, tile, rows);
+    std::copy_n(tile.values, rows * l, values + first * l);
+  }
+}
+
+#define LEVELSET_INSTANTIATE(S)                                                              \
+  template const MlpKernels<S>& mlp_kernels();                                               \
+  template std::int64_t mlp_place<S>(MlpLayer&, std::int64_t);                               \
+  template void mlp_pack(const MlpLayer&, Matrix<S>, Matrix<S>, const S*, std::int64_t, S*); \
+  template class MlpWorkspace<S>;                                                            \
+  template std::int64_t mlp_tile_rows<S>(std::int64_t, std::int64_t);                        \
+  template void mlp_project(const MlpProjectParams<S>&, const MlpTile<S>&,                   \
+                            std::atomic<std::int64_t>&);                                     \
+  template void mlp_values(const MlpNet<S>&, const S*, S*, const MlpTile<S>&, std::int64_t,  \
+                           std::int64_t);
+LEVELSET_INSTANTIATE(float)
+LEVELSET_INSTANTIATE(double)
+#undef LEVELSET_INSTANTIATE
+
+}  // namespace levelset::cpu

@@ -1,0 +1,48 @@
+// The inner loops of the compiled fields, once for every vector instruction set that the compiler
+// can be asked for; the best one that this processor has is chosen at run time.
+#pragma once
+
+#include "../core/mlp_net.h"
+
+namespace levelset::cpu {
+
+template <typename S>
+struct MlpKernels {
+  std::int64_t lanes;       // numbers in a vector
+  std::int64_t block_rows;  // rows that share the registers; tiles are best a multiple of it
+  // F, h_k and a_k' of the first `rows` points of the tile.
+  void (*forward)(const MlpNet<S>& net, const MlpTile<S>& tile, std::int64_t rows);
+  // D_xF of one output, after `forward`.
+  void (*backward)(const MlpNet<S>& net, const MlpTile<S>& tile, std::int64_t rows, int output);
+  // Panels [begin, end) of two vectors of columns of dL/dW. `room` holds gradient_room() numbers.
+  void (*weight_gradient)(const WeightGradientParams<S>& params, std::int64_t begin,
+                          std::int64_t end, S* room);
+};
+
+constexpr std::int64_t kGradientRows = 256;  // rows summed before the registers are written back
+
+// Null where this build or this processor has no such instructions.
+template <typename S>
+const MlpKernels<S>* mlp_kernels_avx512();
+template <typename S>
+const MlpKernels<S>* mlp_kernels_avx2();
+template <typename S>
+const MlpKernels<S>* mlp_kernels_portable();
+
+// The best of them; the environment variable LEVELSET_ISA (avx512, avx2, portable) asks for
+// another.
+template <typename S>
+const MlpKernels<S>& mlp_kernels();
+
+// Columns of a packed matrix, padded to whole vectors.
+constexpr std::int64_t padded(std::int64_t columns, std::int64_t lanes) {
+  return (columns + lanes - 1) / lanes * lanes;
+}
+
+// Numbers of scratch memory that weight_gradient wants.
+constexpr std::int64_t gradient_room(std::int64_t outputs, std::int64_t lanes,
+                                     std::int64_t block_rows) {
+  return kGradientRows * (2 * lanes + padded(outputs, block_rows));
+}
+
+}  // namespace levelset::cpu

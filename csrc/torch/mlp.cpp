@@ -1,0 +1,261 @@
+// CPU ops of the compiled fields: check, allocate, let torch's threads share the rows.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "../cpu/mlp.h"
+#include "checks.h"
+#include "rows.h"
+
+namespace levelset::glue {
+namespace {
+
+constexpr std::int64_t kLayoutColumns = 7, kScaleColumns = 2;
+
+// The layers that `layout` (layers, 7) int64 and `scales` (layers, 2) float64 describe.
+std::vector<MlpLayer> read_layers(const Tensor& packed, const Tensor& layout,
+                                  const Tensor& scales) {
+  expect_dim(layout, "layout", "(layers, 7)", 2);
+  const std::int64_t count = layout.size(0);
+  require(count >= 1, "layout: expected at least one layer, got none");
+  expect_shape(layout, "layout", "(layers, 7)", {count, kLayoutColumns});
+  expect_dtype(layout, "layout", ScalarType::Long);
+  expect_contiguous(layout, "layout");
+  expect_shape(scales, "scales", "(layers, 2)", {count, kScaleColumns});
+  expect_dtype(scales, "scales", ScalarType::Double);
+  expect_contiguous(scales, "scales");
+  expect_dim(packed, "packed", "(numbers,)", 1);
+  expect_contiguous(packed, "packed");
+  expect_floating(packed, "packed");
+  const auto* numbers = static_cast<const std::int64_t*>(layout.const_data_ptr());
+  const auto* factors = static_cast<const double*>(scales.const_data_ptr());
+  std::vector<MlpLayer> layers;
+  std::int64_t before = 0, at = 0, dimension = 0;
+  for (std::int64_t k = 0; k < count; ++k) {
+    const std::int64_t* row = numbers + k * kLayoutColumns;
+    MlpLayer layer{row[0], row[1], row[2], Activation(row[3]), factors[k * 2], factors[k * 2 + 1],
+                   row[4], row[5], row[6]};
+    const std::int64_t bias_at = row[4], forward_at = row[5], backward_at = row[6];
+    if (k == 0) dimension = layer.inputs;
+    require(layer.outputs >= 1 && dimension >= 1 && layer.hidden == before &&
+                (layer.inputs == 0 || layer.inputs == dimension) && row[3] >= 0 && row[3] <= 5,
+            "layout: layer ", k, " does not fit the ones before it");
+    at = packed.scalar_type() == ScalarType::Double ? cpu::mlp_place<double>(layer, at)
+                                                    : cpu::mlp_place<float>(layer, at);
+    require(layer.bias_at == bias_at && layer.forward_at == forward_at &&
+                layer.backward_at == backward_at,
+            "layout: layer ", k, " was placed for another processor or dtype");
+    before = layer.outputs;
+    layers.push_back(layer);
+  }
+  require(layers.back().activation == Activation::kNone,
+          "layout: expected a last layer without activation");
+  expect_shape(packed, "packed", "(numbers,)", {at});
+  return layers;
+}
+
+template <typename S>
+MlpNet<S> net_of(const Tensor& packed, const std::vector<MlpLayer>& layers) {
+  return {static_cast<const S*>(packed.const_data_ptr()), layers.data(), int(layers.size()),
+          layers.front().inputs, int(layers.back().outputs)};
+}
+
+template <typename S>
+cpu::Matrix<S> matrix_of(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return {nullptr, 0, 0, 0, 0};
+  return {static_cast<const S*>(t->const_data_ptr()), t->size(0), t->size(1), t->stride(0),
+          t->stride(1)};
+}
+
+void mlp_pack_(const Tensor& packed, const Tensor& layout, const Tensor& scales, std::int64_t index,
+               const std::optional<Tensor>& hidden, const std::optional<Tensor>& inputs,
+               const std::optional<Tensor>& bias) {
+  const std::vector<MlpLayer> layers = read_layers(packed, layout, scales);
+  require(index >= 0 && index < std::int64_t(layers.size()), "index: expected a layer, 0 to ",
+          layers.size() - 1, ", got ", index);
+  const MlpLayer& layer = layers[index];
+  const auto check = [&](const std::optional<Tensor>& t, const char* name, std::int64_t columns) {
+    require(t.has_value() == (columns > 0), name, ": expected ", columns > 0 ? "a matrix" : "None",
+            " for layer ", index);
+    if (!t.has_value()) return;
+    expect_shape(*t, name, "(outputs, columns)", {layer.outputs, columns});
+    expect_same_kind(*t, name, packed, "packed");
+  };
+  check(hidden, "hidden", layer.hidden);
+  check(inputs, "inputs", layer.inputs);
+  if (bias.has_value()) {
+    expect_shape(*bias, "bias", "(outputs,)", {layer.outputs});
+    expect_same_kind(*bias, "bias", packed, "packed");
+  }
+  with_wide_dtype(packed.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    cpu::mlp_pack<S>(layer, matrix_of<S>(hidden), matrix_of<S>(inputs),
+                     bias.has_value() ? static_cast<const S*>(bias->const_data_ptr()) : nullptr,
+                     bias.has_value() ? bias->stride(0) : 0,
+                     static_cast<S*>(packed.mutable_data_ptr()));
+  });
+}
+
+// Runs work(tile) on up to `threads` threads, each with a tile of its own.
+template <typename S, typename Work>
+void with_tiles(const Tensor& like, const MlpNet<S>& net, std::int64_t rows, std::int64_t threads,
+                bool with_deltas, bool keep, Work work) {
+  const std::int64_t capacity = cpu::mlp_tile_rows<S>(rows, threads);
+  const std::int64_t workers =
+      std::clamp<std::int64_t>((rows + capacity - 1) / capacity, 1, threads);
+  std::vector<cpu::MlpWorkspace<S>> rooms(workers,
+                                          cpu::MlpWorkspace<S>(net, capacity, with_deltas, keep));
+  const std::int64_t numbers = rooms.front().numbers();
+  const Tensor memory = torch::stable::new_empty(like, Shape{workers * numbers});
+  S* const start = static_cast<S*>(memory.mutable_data_ptr());
+  torch::stable::parallel_for(0, workers, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t w = begin; w < end; ++w) work(rooms[w].tile(start + w * numbers));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_project(
+    const Tensor& packed, const Tensor& layout, const Tensor& scales, const Tensor& points,
+    const Tensor& level, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
+    std::int64_t max_iters, double tol, double max_step, bool keep, std::int64_t threads) {
+  const std::vector<MlpLayer> layers = read_layers(packed, layout, scales);
+  expect_dim(points, "points", "(n, d)", 2);
+  const std::int64_t n = points.size(0), d = layers.front().inputs, l = layers.back().outputs;
+  expect_outputs(l);
+  expect_shape(points, "points", "(n, d)", {n, d});
+  expect_same_kind(points, "points", packed, "packed");
+  expect_dim(level, "level", "(n, l) or (1, l)", 2);
+  const bool one_level = level.size(0) == 1;
+  expect_shape(level, "level", "(n, l) or (1, l)", {one_level ? 1 : n, l});
+  expect_same_kind(level, "level", packed, "packed");
+  const auto check = [&](const std::optional<Tensor>& t, const char* name) {
+    if (!t.has_value()) return;
+    expect_shape(*t, name, "(d,)", {d});
+    expect_same_kind(*t, name, packed, "packed");
+  };
+  check(lower, "lower");
+  check(upper, "upper");
+  require(max_iters >= 0 && max_iters <= std::numeric_limits<std::int32_t>::max(),
+          "max_iters: expected 0 to 2^31 - 1, got ", max_iters);
+  require(tol >= 0, "tol: expected a number >= 0, got ", tol);
+  require(max_step > 0, "max_step: expected a length > 0, got ", max_step);
+  require(threads >= 1, "threads: expected at least 1, got ", threads);
+
+  std::int64_t widths = 0;
+  for (std::size_t k = 0; k + 1 < layers.size(); ++k) widths += layers[k].outputs;
+  const Tensor start = contiguous(points), target = contiguous(level);
+  const std::optional<Tensor> low = lower.has_value() ? std::optional(contiguous(*lower)) : lower;
+  const std::optional<Tensor> high = upper.has_value() ? std::optional(contiguous(*upper)) : upper;
+  const Tensor next_points = torch::stable::new_empty(points, Shape{n, d});
+  const Tensor values = torch::stable::new_empty(points, Shape{n, l});
+  const Tensor jacobian = torch::stable::new_empty(points, Shape{n, l, d});
+  const Tensor status = torch::stable::new_empty(points, Shape{n}, ScalarType::Char);
+  const Tensor iterations = torch::stable::new_empty(points, Shape{n}, ScalarType::Int);
+  const Tensor hidden = torch::stable::new_empty(points, Shape{keep ? n * widths : 0});
+  const Tensor deltas = torch::stable::new_empty(points, Shape{keep ? n * l * widths : 0});
+  if (n > 0) {
+    with_wide_dtype(points.scalar_type(), [&](auto zero) {
+      using S = decltype(zero);
+      const auto corner = [](const std::optional<Tensor>& t) {
+        return t.has_value() ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
+      };
+      const cpu::MlpProjectParams<S> params{
+          net_of<S>(packed, layers),
+          n,
+          static_cast<const S*>(start.const_data_ptr()),
+          static_cast<const S*>(target.const_data_ptr()),
+          one_level ? 0 : l,
+          corner(low),
+          corner(high),
+          max_iters,
+          tol,
+          max_step,
+          static_cast<S*>(next_points.mutable_data_ptr()),
+          static_cast<S*>(values.mutable_data_ptr()),
+          static_cast<S*>(jacobian.mutable_data_ptr()),
+          static_cast<std::int8_t*>(status.mutable_data_ptr()),
+          static_cast<std::int32_t*>(iterations.mutable_data_ptr()),
+          keep ? static_cast<S*>(hidden.mutable_data_ptr()) : nullptr,
+          keep ? static_cast<S*>(deltas.mutable_data_ptr()) : nullptr};
+      std::atomic<std::int64_t> next{0};
+      with_tiles<S>(points, params.net, n, threads, true, keep,
+                    [&](const MlpTile<S>& tile) { cpu::mlp_project(params, tile, next); });
+    });
+  }
+  return {next_points, values, jacobian, status, iterations, hidden, deltas};
+}
+
+Tensor mlp_values(const Tensor& packed, const Tensor& layout, const Tensor& scales,
+                  const Tensor& points, std::int64_t threads) {
+  const std::vector<MlpLayer> layers = read_layers(packed, layout, scales);
+  expect_dim(points, "points", "(n, d)", 2);
+  const std::int64_t n = points.size(0), l = layers.back().outputs;
+  expect_shape(points, "points", "(n, d)", {n, layers.front().inputs});
+  expect_same_kind(points, "points", packed, "packed");
+  require(threads >= 1, "threads: expected at least 1, got ", threads);
+  const Tensor start = contiguous(points);
+  const Tensor values = torch::stable::new_empty(points, Shape{n, l});
+  if (n == 0) return values;
+  with_wide_dtype(points.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    const MlpNet<S> net = net_of<S>(packed, layers);
+    const S* const from = static_cast<const S*>(start.const_data_ptr());
+    S* const to = static_cast<S*>(values.mutable_data_ptr());
+    std::atomic<std::int64_t> next{0};
+    with_tiles<S>(points, net, n, threads, false, false, [&](const MlpTile<S>& tile) {
+      std::int64_t first;
+      while ((first = next.fetch_add(tile.capacity)) < n) {
+        cpu::mlp_values(net, from, to, tile, first, std::min(first + tile.capacity, n));
+      }
+    });
+  });
+  return values;
+}
+
+// dL/dW = sum_i c_i delta_i h_i^T, (N, K). Every number of it is summed by one thread and in order.
+Tensor mlp_weight_gradient(const Tensor& deltas, const Tensor& hidden, const Tensor& coefficients) {
+  expect_dim(deltas, "deltas", "(n, N)", 2);
+  expect_dim(hidden, "hidden", "(n, K)", 2);
+  expect_floating(deltas, "deltas");
+  const std::int64_t n = deltas.size(0), outputs = deltas.size(1), inputs = hidden.size(1);
+  expect_shape(hidden, "hidden", "(n, K)", {n, inputs});
+  expect_shape(coefficients, "coefficients", "(n,)", {n});
+  expect_same_kind(hidden, "hidden", deltas, "deltas");
+  expect_same_kind(coefficients, "coefficients", deltas, "deltas");
+  const Tensor left = contiguous(deltas), right = contiguous(hidden), c = contiguous(coefficients);
+  const Tensor gradient = torch::stable::new_empty(deltas, Shape{outputs, inputs});
+  if (outputs == 0 || inputs == 0) return gradient;
+  with_wide_dtype(deltas.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    const auto& kernels = cpu::mlp_kernels<S>();
+    const WeightGradientParams<S> params{n,
+                                         outputs,
+                                         inputs,
+                                         static_cast<const S*>(left.const_data_ptr()),
+                                         static_cast<const S*>(right.const_data_ptr()),
+                                         static_cast<const S*>(c.const_data_ptr()),
+                                         static_cast<S*>(gradient.mutable_data_ptr())};
+    const std::int64_t panels = (inputs + 2 * kernels.lanes - 1) / (2 * kernels.lanes);
+    const std::int64_t room = cpu::gradient_room(outputs, kernels.lanes, kernels.block_rows);
+    // Panels for one thread: enough sums to outweigh the cost of waking it.
+    const std::int64_t work = std::max<std::int64_t>(1, n * outputs * 2 * kernels.lanes);
+    const std::int64_t grain = std::max<std::int64_t>(1, 1'000'000 / work);
+    torch::stable::parallel_for(0, panels, grain, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<S> memory(room);
+      kernels.weight_gradient(params, begin, end, memory.data());
+    });
+  });
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CPU, library) {
+  library.impl("mlp_pack_", TORCH_BOX(&mlp_pack_));
+  library.impl("mlp_project", TORCH_BOX(&mlp_project));
+  library.impl("mlp_values", TORCH_BOX(&mlp_values));
+  library.impl("mlp_weight_gradient", TORCH_BOX(&mlp_weight_gradient));
+}
+
+}  // namespace levelset::glue

@@ -1,0 +1,277 @@
+"""Compiled fields: multilayer perceptrons whose Newton iteration runs in one compiled loop.
+
+    field = MLP.from_module(net)         # reads the weights of net in place
+    result = project(field, x)           # the same as project(net, x), which also uses it by itself
+
+A network qualifies when it is a chain
+
+    h_k = a_k(W_k h_{k-1} + U_k x + b_k),    F = W h + U x + b,
+
+whatever its modules are called: Linear layers (weight norm included), ReLU, SiLU, softplus, sine
+and tanh, concatenation with the input, scaling by numbers, a slice or squeeze at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from levelset_ext import _C
+from levelset_ext.compiled.tape import Recording, Tape
+from levelset_ext.compiled.trace import Layer, NotAnMLP, Reader
+from levelset_ext.field import evaluation_copy
+from levelset_ext.result import LevelSetResult
+
+
+class MLP:
+    """A multilayer perceptron as a compiled field.
+
+    It is a :data:`~levelset_ext.field.Field`: every sampler, :func:`~levelset_ext.sample_network`
+    and every loss takes it in the place of the module, whose parameters it reads in place, in eval
+    mode. On the CPU, float32 and float64:
+
+    * :func:`~levelset_ext.project` runs the whole iteration in one compiled loop, where a row that
+      is done makes room for the next one. The result of a row does not depend on the rows beside it
+      nor on the number of threads.
+    * What was found with gradients enabled remembers the last evaluation (``result.tape``), and the
+      sample network takes the gradient in theta from it instead of evaluating the network again,
+      as long as the parameters have not changed. It is first order only: use the module itself for
+      second derivatives in theta.
+
+    Elsewhere (other devices and dtypes, points that require a gradient) the module is called.
+    """
+
+    def __init__(self, module: nn.Module, dimension: int | None = None) -> None:
+        self.module = evaluation_copy(module)
+        # The copy's own buffers would miss what is written to those of the module.
+        for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
+            mine._buffers = dict(theirs._buffers)
+        reader = Reader(self.module, dimension)
+        self.dimension, self._flat = reader.chain.dimension, reader.flat
+        self._layers = reader.chain.layers
+        self.outputs = self._layers[-1].outputs
+        self._sources = [*self.module.parameters(), *self.module.buffers()]
+        if not self._sources:
+            raise NotAnMLP("it has no parameters")
+        self._pack: _Pack | None = None
+        self._check()
+
+    @classmethod
+    def from_module(cls, module: nn.Module, dimension: int | None = None) -> MLP:
+        """The compiled field of a module.
+
+        Args:
+            module: a chain of layers, see the head of this file.
+            dimension: d, where it cannot be seen from the first layer.
+
+        Raises:
+            ValueError: the module is no such chain; the message says where it departs from one.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        try:
+            return cls(module, dimension)
+        except NotAnMLP as error:
+            raise ValueError(
+                f"module: expected a multilayer perceptron, got a {type(module).__name__}: {error}"
+            ) from error
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Compares with the module at a few points: a trace may miss what plain Python decided."""
+        if self._sources[0].device.type != "cpu" or self.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
+            return
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(8, self.dimension, generator=generator, dtype=torch.float64).to(self.dtype)
+        expected = self.module(x).reshape(8, -1)
+        found = self.values(x)
+        scale = 1.0 + expected.abs().amax()
+        rounding = 1e4 * torch.finfo(self.dtype).eps
+        if expected.shape != found.shape or not (expected - found).abs().amax() <= rounding * scale:
+            raise NotAnMLP("its output differs from what its layers say")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._sources[0].dtype
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the compiled loop can evaluate these points, (n, d)."""
+        return (
+            x.dim() == 2
+            and x.shape[1] == self.dimension
+            and x.dtype == self.dtype
+            and self.dtype in (torch.float32, torch.float64)
+            and x.device.type == "cpu"
+            and all(s.device.type == "cpu" and s.dtype == x.dtype for s in self._sources)
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and type(x) is Tensor
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """F(x), (n,) or (n, l) as the module returns it, differentiable in the parameters."""
+        if x.requires_grad or not self.takes(x):
+            return self.module(x)
+        if torch.is_grad_enabled() and any(s.requires_grad for s in self._sources):
+            tape = self.evaluate(x, keep=True).tape
+            assert tape is not None
+            values = tape.values()
+        else:
+            values = self.values(x)
+        return values[:, 0] if self._flat else values
+
+    def values(self, x: Tensor) -> Tensor:
+        """F(x), (n, l), without gradients."""
+        pack = self.packed()
+        return torch.ops.levelset_ext.mlp_values(
+            pack.numbers, pack.layout, pack.scales, x.detach(), torch.get_num_threads()
+        )
+
+    def evaluate(self, x: Tensor, keep: bool = False) -> LevelSetResult:
+        """F and D_xF at x, as a result with zero iterations."""
+        return self.newton(x, x.new_zeros(1, self.outputs), 0, 0.0, math.inf, (None, None), keep)
+
+    def newton(
+        self,
+        x: Tensor,
+        level: Tensor,
+        max_iters: int,
+        tol: float,
+        max_step: float,
+        bounds: tuple[Tensor | None, Tensor | None],
+        keep: bool,
+    ) -> LevelSetResult:
+        """The loop behind :func:`~levelset_ext.project`; level (n, l) or (1, l)."""
+        pack = self.packed()
+        points, values, jacobian, status, iterations, hidden, deltas = (
+            torch.ops.levelset_ext.mlp_project(
+                pack.numbers,
+                pack.layout,
+                pack.scales,
+                x.detach(),
+                level,
+                *bounds,
+                max_iters,
+                tol,
+                max_step,
+                keep,
+                torch.get_num_threads(),
+            )
+        )
+        tape = None
+        if keep:
+            # The loop has put zeros for a bad row into hidden and deltas: 0 times NaN is NaN.
+            finite = torch.nan_to_num(points, nan=0.0, posinf=0.0, neginf=0.0)
+            split = self._split(points, hidden, deltas)
+            tape = Tape([(Recording(self, pack.serial, finite, values, *split), None)])
+        return LevelSetResult(
+            points=points,
+            values=values,
+            jacobian=jacobian,
+            level=level.expand(len(points), -1).clone(),
+            status=status,
+            iterations=iterations,
+            tape=tape,
+        )
+
+    def _split(
+        self, points: Tensor, hidden: Tensor, deltas: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        widths = [layer.outputs for layer in self._layers[:-1]]
+        n, l = len(points), self.outputs  # noqa: E741
+        return (
+            [
+                part.view(n, w)
+                for part, w in zip(hidden.split([n * w for w in widths]), widths, strict=True)
+            ],
+            [
+                part.view(l, n, w)
+                for part, w in zip(deltas.split([l * n * w for w in widths]), widths, strict=True)
+            ],
+        )
+
+    def packed(self) -> _Pack:
+        """The parameters as the compiled loop reads them, packed anew where they have changed."""
+        pack = self._pack
+        if pack is None or not pack.holds(self._sources):
+            self._pack = pack = _Pack(self._layers, self._sources, pack)
+        return pack
+
+    def weights(self) -> list[Tensor]:
+        """W, U and b of every layer, those that are there, with their graph in the parameters."""
+        return [
+            read()
+            for layer in self._layers
+            for read in (layer.hidden, layer.inputs, layer.bias)
+            if read is not None
+        ]
+
+    def __repr__(self) -> str:
+        layers = ", ".join(
+            f"{layer.outputs}" + ("" if layer.activation == "none" else f" {layer.activation}")
+            for layer in self._layers
+        )
+        return f"MLP({self.dimension} -> {layers})"
+
+
+class _Pack:
+    """Packed parameters, and a copy of the parameters they were packed from.
+
+    The version counters say that a parameter was written to; they miss what is written through
+    ``.data``, as much code does. So where the counters agree the numbers are compared too.
+    """
+
+    _serials = 0
+
+    @torch.no_grad()
+    def __init__(
+        self, layers: Sequence[Layer], sources: Sequence[Tensor], before: _Pack | None
+    ) -> None:
+        _Pack._serials += 1
+        self.serial = _Pack._serials
+        self._versions = _versions(sources)
+        # Memory is taken over from the pack before, which is not used any more.
+        self._copies: list[Tensor] = [] if before is None else before._copies
+        if [c.shape for c in self._copies] != [s.shape for s in sources]:
+            self._copies = [torch.empty_like(s, requires_grad=False) for s in sources]
+        torch._foreach_copy_(self._copies, [s.detach() for s in sources])
+        rows, scales, at = [], [], 0
+        double = sources[0].dtype == torch.float64
+        read = []
+        for layer in layers:
+            hidden = None if layer.hidden is None else layer.hidden()
+            inputs = None if layer.inputs is None else layer.inputs()
+            bias = None if layer.bias is None else layer.bias()
+            read.append((hidden, inputs, bias))
+            columns = [0 if m is None else m.shape[1] for m in (hidden, inputs)]
+            bias_at, forward_at, backward_at, end = _C.mlp_place(
+                layer.outputs, sum(columns), at, double
+            )
+            code = _C.mlp_activations[layer.activation]
+            rows.append([layer.outputs, *columns, code, bias_at, forward_at, backward_at])
+            scales.append([layer.sharpness, layer.threshold])
+            at = end
+        self.layout = torch.tensor(rows, dtype=torch.int64)
+        self.scales = torch.tensor(scales, dtype=torch.float64)
+        self.numbers: Tensor = sources[0].new_empty(0) if before is None else before.numbers
+        if self.numbers.shape != (at,):
+            self.numbers = sources[0].new_empty(at)
+        for index, (hidden, inputs, bias) in enumerate(read):
+            torch.ops.levelset_ext.mlp_pack_(
+                self.numbers, self.layout, self.scales, index, hidden, inputs, bias
+            )
+
+    def holds(self, sources: Sequence[Tensor]) -> bool:
+        if _versions(sources) != self._versions:
+            return False
+        return all(torch.equal(c, s) for c, s in zip(self._copies, sources, strict=True))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in tensors]
