@@ -97,6 +97,45 @@ def as_field(fn: Field) -> Field:
     return fn
 
 
+_CHUNK = 128  # images; their activations in a small classifier still fit into a CPU's caches
+
+
+def as_constant_field(fn: Field) -> Field:
+    """:func:`as_field` for a sampler, which wants no gradient of parameters: they are constants.
+
+    On a CPU a network of convolutions is given images with the channels last, the layout its
+    kernels are written for, and at most 128 of them at once.
+    """
+    field = as_field(fn)
+    if field is fn or not isinstance(field, nn.Module):
+        return field
+    if any(isinstance(m, torch.jit.ScriptModule) for m in field.modules()):
+        return field
+    constants: dict[int, nn.Parameter] = {}
+    convolves = False
+    for module in field.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or type(parameter) is not nn.Parameter:
+                continue
+            if id(parameter) not in constants:
+                value = parameter.detach()
+                if value.dim() == 4 and value.device.type == "cpu":
+                    convolves = True
+                    value = value.contiguous(memory_format=torch.channels_last)
+                constants[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = constants[id(parameter)]
+    return partial(_in_chunks, field) if convolves else field
+
+
+def _in_chunks(field: Field, x: Tensor) -> Tensor:
+    if x.dim() != 4 or x.device.type != "cpu":
+        return field(x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if len(x) <= _CHUNK:
+        return field(x)
+    return torch.cat([field(part) for part in x.split(_CHUNK)])
+
+
 def _in_eval_mode(module: nn.Module, x: Tensor) -> Tensor:
     """The module at x while torch.compile traces it. A clone cannot be traced, and is not needed:
     the compiler plays the flags through without setting them. Buffers and attributes that

@@ -9,10 +9,12 @@ same start on the same batches: cross entropy alone, and with
 
     mean over rows of max(0, eps - |x - p(theta)|),    p on the zero set of a unit
 
-of the second layer, another unit every step. Measured on test images: the distance to the nearest
-switching surface of that layer, and the share of units that L_inf noise switches.
+of the second layer, another unit every step, for several starts. Measured on test images: the
+distance to the nearest switching surface of that layer, and the share of units that L_inf noise
+switches.
 
-hidden.csv: both networks; hidden.png: noise against switched units.
+hidden.csv: every network; hidden.json: means and standard deviations over the starts; hidden.png:
+noise against switched units.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 
 import levelset_ext as ls
 from levelset_ext.data.images import load_images
+from levelset_ext.recipes.files import write_json
 
 LAYER, UNITS, EPS, WEIGHT = "3", 24, 0.15, 2.0
 NOISE = (0.02, 0.05, 0.1, 0.15, 0.2)
@@ -104,27 +107,42 @@ def one(kind: str, seed: int, steps: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(__doc__).parse_args(argv)
-    steps = 400 if args.quick else 2000
-    settings = {"seed": args.seed, "steps": steps, "eps": EPS, "weight": WEIGHT}
-    run = Run(args.out, "hidden-margin", settings, 2, args.resume)
-    found = {
-        kind: run.unit(kind, lambda kind=kind: one(kind, args.seed, steps))  # type: ignore[misc]
-        for kind in ("plain", "margin")
-    }
-    rows = []
-    for kind, values in found.items():
-        row = {"network": kind, **{k: v for k, v in values.items() if isinstance(v, float)}}
-        rows.append(
-            row | {f"switched_{e}": v for e, v in zip(NOISE, values["switched"], strict=True)}
-        )
+    steps, starts = (400, 1) if args.quick else (2000, 5)
+    settings = {"seed": args.seed, "steps": steps, "starts": starts, "eps": EPS, "weight": WEIGHT}
+    run = Run(args.out, "hidden-margin", settings, 2 * starts, args.resume)
+    rows, summary = [], {}
+    for kind in ("plain", "margin"):
+        some = []
+        for seed in range(args.seed, args.seed + starts):
+            values = run.unit(f"{kind}-{seed}", lambda k=kind, s=seed: one(k, s, steps))  # type: ignore[misc]
+            row = {k: v for k, v in values.items() if isinstance(v, float)}
+            for eps, share in zip(NOISE, values["switched"], strict=True):
+                row[f"switched_{eps}"] = share
+            some.append(row)
+            rows.append({"network": kind, "seed": seed, **row})
+        columns = {name: torch.tensor([row[name] for row in some]).double() for name in some[0]}
+        summary[kind] = {
+            name: {"mean": float(x.mean()), "deviation": float(x.std()) if starts > 1 else None}
+            for name, x in columns.items()
+        }
     write_table(args.out / "hidden.csv", rows)
+    write_json(args.out / "hidden.json", {"settings": settings, **summary})
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.6, 3.4))
     for kind, color in (("plain", RED), ("margin", BLUE)):
         label = "cross entropy" if kind == "plain" else "with margins of hidden units"
-        axis.plot(NOISE, found[kind]["switched"], "o-", color=color, label=label)
+        found = [summary[kind][f"switched_{eps}"] for eps in NOISE]
+        axis.errorbar(
+            NOISE,
+            [100 * f["mean"] for f in found],
+            [100 * (f["deviation"] or 0.0) for f in found],
+            fmt="o-",
+            capsize=3,
+            color=color,
+            label=label,
+        )
     axis.set_xlabel("L_inf noise of this size in every pixel")
-    axis.set_ylabel("share of hidden units that switch")
+    axis.set_ylabel("hidden units that switch, %")
     axis.set_ylim(bottom=0)
     axis.legend()
     save_picture(figure, args.out / "hidden.png")

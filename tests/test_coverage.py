@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import levelset_ext as ls
-from levelset_ext.geometry.coverage import coverage, estimate_coverage, sample_level_set
+from levelset_ext.geometry.coverage import (
+    _farthest,
+    coverage,
+    estimate_coverage,
+    sample_level_set,
+)
 
 DTYPE = torch.float64
 
@@ -148,10 +153,45 @@ def test_even_samples_beat_every_row_of_figure_a1() -> None:
         assert ours.hausdorff < theirs.hausdorff
 
 
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_farthest_first_is_what_it_is_by_definition(d: int) -> None:
+    points = torch.randn(700, d, dtype=DTYPE, generator=seeded()) ** 3  # thick and thin places
+    points = torch.cat([points, points[:50]])  # and some twice
+    for n in (1, 2, 60, 700):
+        got = _farthest(points, n, seeded(4))
+        distance = torch.full((len(points),), math.inf, dtype=DTYPE)
+        first = int(torch.randint(len(points), (1,), generator=seeded(4)))
+        assert int(got[0]) == first
+        for row in got:
+            assert distance[row] == distance.max()
+            distance = torch.minimum(distance, (points - points[row]).square().sum(1))
+    assert len(set(got.tolist())) == 700
+
+
+def test_many_points_are_as_even_as_few() -> None:
+    for n in (100, 3000):
+        found = sample_level_set(sphere, n, cube(3), rounds=10, generator=seeded())
+        assert len(found) == n
+        estimate = estimate_coverage(sphere, found.points, generator=seeded(1))
+        assert estimate.evenness < 0.12  # of random points: 0.52
+        # Each point of a hexagonal lattice with this spacing has sqrt(3) / 2 x spacing^2.
+        best = math.sqrt(4 * math.pi / n * 2 / math.sqrt(3))
+        assert 0.8 * best < estimate.spacing < best
+        assert estimate.largest_gap < 1.3 * estimate.spacing
+
+
 def test_a_level_that_does_not_exist_gives_no_rows() -> None:
     found = sample_level_set(sphere, 10, cube(2), 5.0)
     assert len(found) == 0
     assert found.points.shape == (0, 2)
+    assert found.counts() == {}
+    # There is one, but not in the box.
+    beside = torch.full((2,), 2.0, dtype=DTYPE), torch.full((2,), 3.0, dtype=DTYPE)
+    assert len(sample_level_set(sphere, 10, beside)) == 0
+    # A level for each of two outputs that do not meet.
+    found = sample_level_set(lambda x: torch.stack([x.norm(dim=1), x[:, 2]], 1), 5, cube(3), 1e3)
+    assert found.points.shape == (0, 3)
+    assert found.values.shape == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rays against level sets: hits, their gradients, pictures, and integrals over random lines."""
+"""Rays against level sets: hits and their gradients."""
 
 import math
 
@@ -6,18 +6,9 @@ import numpy as np
 import problems
 import pytest
 import torch
-from torch import nn
 
 import levelset_ext as ls
-from levelset_ext.geometry import (
-    Camera,
-    intersect_rays,
-    level_set_integral,
-    level_set_volume,
-    ray_crossings,
-    render,
-    surface_area,
-)
+from levelset_ext.geometry import Camera, intersect_rays, ray_crossings
 
 F64 = torch.float64
 
@@ -286,116 +277,16 @@ def test_unusable_arguments():
             intersect_rays(fn, *args, **options)
     with pytest.raises(ValueError, match=r"^fn: expected one output"):
         intersect_rays(problems.Affine(2), o, v, far=1.0)
+    with pytest.raises(TypeError, match=r"^directions: expected a tensor, got list"):
+        intersect_rays(fn, o, [0.0, 0.0, 1.0], far=1.0)
+    for shape in ((3,), (2, 2, 3)):
+        with pytest.raises(ValueError, match=r"^origins: expected (a tensor )?\(n, "):
+            intersect_rays(fn, torch.zeros(shape), v, far=1.0)
+    # Rays of the plane for a network of space, and the other way round.
+    flat = torch.rand(4, 2, dtype=F64)
+    with pytest.raises(ValueError, match=r"^directions: expected \(n, d\) = \(4, 2\)"):
+        intersect_rays(fn, flat, v, far=1.0)
+    with pytest.raises(RuntimeError, match=r"4x2 and 3x"):
+        intersect_rays(problems.mlp(), flat, flat, far=1.0)
     with pytest.raises(TypeError, match=r"^origins: expected a floating dtype"):
         intersect_rays(fn, o.long(), v, far=1.0)
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-def test_camera():
-    camera = Camera.look_at((0, 0, 2.0), width=40, height=20, fov=90)
-    o, v = camera.rays(np.array([20.0, 20, 0]), np.array([10.0, 0, 10]))
-    np.testing.assert_allclose(o, [[0, 0, 2.0]] * 3)
-    s = math.sqrt(0.5)
-    expected = [[0, 0, -1], [0, s, -s], [-2 / math.sqrt(5), 0, -1 / math.sqrt(5)]]
-    np.testing.assert_allclose(v, expected, atol=1e-15)
-    flat = Camera.look_at((0, 0, 2.0), width=4, height=4, fov=0, span=3.0)
-    o, v = flat.rays(np.array([0.0, 4]), np.array([0.0, 4]))
-    np.testing.assert_allclose(o, [[-1.5, 1.5, 2], [1.5, -1.5, 2]])
-    np.testing.assert_allclose(v, [[0, 0, -1]] * 2)
-    with pytest.raises(ValueError, match=r"^up: expected a direction across the view"):
-        Camera.look_at((0, 2.0, 0))
-    with pytest.raises(ValueError, match=r"^eye: expected another point than target"):
-        Camera.look_at((0, 0, 0))
-
-
-def test_render():
-    camera = Camera.look_at((0, 0, 3.0), width=36, height=24, fov=40)
-    sphere = problems.Sphere(0.7).float()
-    options = {"background": (1.0, 1.0, 1.0), "color": (0.2, 0.4, 0.8)}
-    image = render(sphere, camera, **options)
-    assert image.shape == (24, 36, 3)
-    assert image.dtype == np.uint8
-    assert (image[0, 0] == 255).all()
-    assert image[12, 18, 2] > image[12, 18, 0]
-    assert image[9, 15].sum() > image[15, 21].sum()  # the light comes from the upper left
-    # The outline is averaged: its pixels lie between the ball and the background.
-    coarse = render(sphere, camera, supersample=1, **options)
-    seen = (coarse != 255).any(2)
-    row, column = (index.ravel() + 0.5 for index in np.mgrid[:24, :36])
-    o, v = (torch.from_numpy(a) for a in camera.rays(column, row))
-    assert np.array_equal(seen.ravel(), torch.isfinite(sphere_t(o, v, 0.7)).numpy())
-    assert (image != coarse).any(2).sum() > 20
-    assert (image[10:14, 16:20] == coarse[10:14, 16:20]).all()
-    # Cut open by a box, the inner side shows in its own colour.
-    cut = render(
-        sphere, camera, bounds=((-1, -1, -1), (1, 1, 0.2)), inner_color=(0.9, 0.1, 0.1), **options
-    )
-    assert cut[12, 18, 0] > cut[12, 18, 2]
-    assert np.array_equal(render(sphere, camera, **options), image)
-    with pytest.raises(ValueError, match=r"^supersample: expected an integer >= 1"):
-        render(sphere, camera, supersample=0)
-    with pytest.raises(ValueError, match=r"^color: expected numbers in \[0, 1\]"):
-        render(sphere, camera, color=(2.0, 0, 0))
-
-
-# --- integrals ------------------------------------------------------------------------------------
-
-UNIT, TORUS = (-1.0, 1.0), ((-1.4, -1.4, -0.4), (1.4, 1.4, 0.4))
-MEASURES = {
-    "sphere": (surface_area, problems.Sphere, UNIT, 3, 4 * math.pi * 0.49),
-    "cut sphere": (surface_area, problems.Sphere, ((-1, -1, 0), (1, 1, 1)), 3, 2 * math.pi * 0.49),
-    "torus": (surface_area, problems.Torus, TORUS, 3, 4 * math.pi**2 * 0.3),
-    "circle": (surface_area, lambda: problems.Sphere(d=2), UNIT, 2, 2 * math.pi * 0.7),
-    "3-sphere": (surface_area, lambda: problems.Sphere(d=4), UNIT, 4, 2 * math.pi**2 * 0.343),
-    "ball": (level_set_volume, problems.Quadric, UNIT, 3, 4 / 3 * math.pi * 0.343),
-    "disc": (level_set_volume, lambda: problems.Sphere(d=2), UNIT, 2, math.pi * 0.49),
-    "solid torus": (level_set_volume, problems.Torus, TORUS, 3, 2 * math.pi**2 * 0.09),
-}
-
-
-@pytest.mark.parametrize("name", MEASURES)
-def test_measures_without_a_mesh(name):
-    measure, make, bounds, dim, truth = MEASURES[name]
-    g = torch.Generator().manual_seed(5)
-    found = measure(make(), bounds, lines=6000, dim=dim, generator=g)
-    assert found.lines == 6000
-    assert 0 < found.standard_error < 0.08 * truth
-    assert abs(found.value - truth) < 4 * found.standard_error
-
-
-def test_integrals_of_functions():
-    g = torch.Generator().manual_seed(5)
-    found = level_set_integral(
-        problems.Sphere(), lambda p: torch.cat([p, p**2], 1), UNIT, lines=6000, generator=g
-    )
-    truth = torch.tensor([0.0] * 3 + [4 * math.pi * 0.7**4 / 3] * 3, dtype=F64)
-    assert ((found.value - truth).abs() < 4 * found.standard_error).all()
-    with pytest.raises(ValueError, match=r"^integrand: expected \(m,\) or \(m, k\)"):
-        level_set_integral(problems.Sphere(), lambda p: p.sum(), UNIT, lines=10)
-
-
-def test_the_interval_holds_the_truth_as_often_as_promised():
-    g = torch.Generator().manual_seed(1)
-    fn, truth, held = problems.Sphere(0.7, 2), 2 * math.pi * 0.7, 0
-    for _ in range(80):
-        estimate = surface_area(fn, UNIT, lines=100, lipschitz=1.0, step=0.1, generator=g, dim=2)
-        low, high = estimate.interval()
-        held += bool(low < truth < high)
-    assert 70 <= held <= 80  # of 100, 95 +- 2.2
-
-
-def test_a_network_and_unusable_arguments():
-    net = ls.networks.ImplicitMLP(2, 1, 8, 1).init_sphere_(0.5)
-    assert isinstance(net, nn.Module)
-    found = surface_area(net, ((-2.0, -2.0), (2.0, 2.0)), lines=200)
-    assert found.crossings > 0
-    empty = surface_area(net, UNIT, level=1e6, lines=50, dim=2)
-    assert empty.value == empty.standard_error == empty.crossings == 0
-    with pytest.raises(ValueError, match=r"^lines: expected an integer >= 2"):
-        surface_area(net, UNIT, lines=1, dim=2)
-    with pytest.raises(ValueError, match=r"^bounds: expected lower < upper"):
-        surface_area(net, (1.0, 1.0), dim=2)
-    with pytest.raises(ValueError, match=r"^bounds: expected finite corners"):
-        surface_area(net, (None, 1.0), dim=2)

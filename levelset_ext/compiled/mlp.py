@@ -46,9 +46,6 @@ class MLP:
 
     def __init__(self, module: nn.Module, dimension: int | None = None) -> None:
         self.module = evaluation_copy(module)
-        # The copy's own buffers would miss what is written to those of the module.
-        for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
-            mine._buffers = dict(theirs._buffers)
         reader = Reader(self.module, dimension)
         self.dimension, self._flat = reader.chain.dimension, reader.flat
         self._layers = reader.chain.layers
@@ -58,6 +55,12 @@ class MLP:
             raise NotAnMLP("it has no parameters")
         self._pack: _Pack | None = None
         self._check()
+        if any(buffer._version for buffer in self.module.buffers()):
+            raise NotAnMLP("its forward writes to a buffer")
+        # The copy's own buffers would miss what is written to those of the module.
+        for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
+            mine._buffers = dict(theirs._buffers)
+        self._sources = [*self.module.parameters(), *self.module.buffers()]
 
     @classmethod
     def from_module(cls, module: nn.Module, dimension: int | None = None) -> MLP:

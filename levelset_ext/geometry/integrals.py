@@ -187,7 +187,10 @@ def _prepare(
     if dim < 2:
         raise ValueError(f"dim: expected at least 2, got {dim}")
     like = torch.zeros(1, dim, dtype=dtype, device=device)
-    lower, upper = box_bounds(tuple(bounds), like)
+    try:
+        lower, upper = box_bounds(tuple(bounds), like)
+    except ValueError as error:
+        raise ValueError(str(error).replace("box:", "bounds:", 1)) from None
     if lower is None or upper is None or not bool(torch.isfinite(lower + upper).all()):
         raise ValueError(f"bounds: expected finite corners, got {bounds!r}")
     if not bool((lower < upper).all()):

@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.ndimage
 import torch
+from torch import Tensor
 
 from levelset_ext.field import Field
+from levelset_ext.geometry import canvas
+from levelset_ext.geometry.compare import TriangleMesh
 from levelset_ext.geometry.extract import _for_the_grid
-from levelset_ext.geometry.preview import (
-    _BACK,
-    _BACKGROUND_BOTTOM,
-    _BACKGROUND_TOP,
-    _FRONT,
-    _lit,
-)
 from levelset_ext.geometry.rays import RayHits, intersect_rays
+from levelset_ext.samplers.state import box_bounds
 
 __all__ = ["Camera", "render"]
 
@@ -127,6 +125,7 @@ def render(
     *,
     level: float = 0.0,
     bounds: tuple[Any, Any] | None = None,
+    guide: TriangleMesh | None = None,
     color: Sequence[float] | None = None,
     inner_color: Sequence[float] | None = None,
     background: Sequence[float] | None = None,
@@ -149,11 +148,15 @@ def render(
         level: c.
         bounds: (lower, upper), numbers or (3,): the part of space that is shown. None shows what
             lies nearer than twice the distance from the eye to the camera's target.
+        guide: a mesh of the level set, as from :func:`levelset_ext.geometry.extract_mesh`. Rays are
+            then searched where they, or their neighbours, come near what they see of it, which
+            takes few evaluations; what the mesh lacks is not found.
         color, inner_color: (3,) in [0, 1], of the side where F is larger, and of the other one,
             which is seen where ``bounds`` cut the surface open.
         background: (3,) in [0, 1]; None is a pale gradient.
         supersample: rays along the side of a pixel that needs more than one, >= 1.
         step, lipschitz, batch: of :func:`levelset_ext.geometry.intersect_rays`.
+            With ``guide`` the step is an edge's length.
         tol: of the same; None is 1e-4 x the distance to the target x the median |D_xF| at the
             pixels of a coarse picture, less than a pixel sees.
 
@@ -167,26 +170,40 @@ def render(
         raise TypeError(f"camera: expected a Camera, got {type(camera).__name__}")
     if isinstance(supersample, bool) or not isinstance(supersample, int) or supersample < 1:
         raise ValueError(f"supersample: expected an integer >= 1, got {supersample!r}")
-    outer = _FRONT if color is None else _color("color", color)
-    inner = _BACK if inner_color is None else _color("inner_color", inner_color)
+    outer = canvas.FRONT if color is None else _color("color", color)
+    inner = canvas.BACK if inner_color is None else _color("inner_color", inner_color)
+    try:
+        box_bounds(bounds, torch.empty(0, 3))
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).replace("box:", "bounds:", 1)) from None
     field, device, dtype = _for_the_grid(fn)
     cutoff = math.inf if bounds is not None else 2 * camera.distance
+    search = None if guide is None else _Search.along(guide, camera)
 
-    def cast(column: np.ndarray, row: np.ndarray, within: float) -> RayHits:
-        origins, directions = camera.rays(column, row)
-        return intersect_rays(
-            field,
-            torch.from_numpy(origins).to(device, dtype),
-            torch.from_numpy(directions).to(device, dtype),
-            level,
-            far=cutoff,
-            box=bounds,
-            step=step,
-            lipschitz=lipschitz,
-            tol=within,
-            batch=batch,
-            differentiable=False,
+    def cast(column: np.ndarray, row: np.ndarray, within: float) -> _Seen:
+        origins, directions = (
+            torch.from_numpy(a).to(device, dtype) for a in camera.rays(column, row)
         )
+
+        def part(rows: Any, near: Any, far: Any, length: float | None) -> RayHits:
+            return intersect_rays(
+                field, origins[rows], directions[rows], level, near=near, far=far, box=bounds,
+                step=length, lipschitz=lipschitz, tol=within, batch=batch, differentiable=False,
+            )  # fmt: skip
+
+        seen = _Seen(len(column))
+        if search is None:
+            seen.add(np.arange(len(column)), part(slice(None), 0.0, cutoff, step))
+            return seen
+        near, far, sure = search.at(column, row)
+        rows = np.flatnonzero(near < far)
+        length = search.reach if step is None else step
+        hits = part(rows, torch.from_numpy(near[rows]), torch.from_numpy(far[rows]), length)
+        seen.add(rows, hits)
+        # A ray that just misses what the mesh has there may meet what is behind.
+        rows = np.flatnonzero(sure & ~seen.mask)
+        seen.add(rows, part(rows, torch.from_numpy(near[rows]), search.end, step))
+        return seen
 
     height, width = camera.height, camera.width
     if tol is None:
@@ -210,7 +227,7 @@ def render(
         offset = (np.arange(supersample) + 0.5) / supersample - 0.5
         down, across = (o.ravel() for o in np.meshgrid(offset, offset, indexing="ij"))
         fine, _ = shade((column[rough, None] + across).ravel(), (row[rough, None] + down).ravel())
-        picture[rough] = fine.reshape(len(rough), -1, 3).mean(1)
+        picture[rough] = fine.reshape(len(rough), supersample**2, 3).mean(1)
     pixels = np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
     return pixels.reshape(height, width, 3)
 
@@ -234,33 +251,135 @@ def _behind(background: Sequence[float] | None, share: np.ndarray) -> np.ndarray
     if background is not None:
         return np.broadcast_to(_color("background", background), (len(share), 3))
     mix = share[:, None]
-    return (1 - mix) * _BACKGROUND_TOP + mix * _BACKGROUND_BOTTOM
+    return (1 - mix) * canvas.BACKGROUND_TOP + mix * canvas.BACKGROUND_BOTTOM
+
+
+class _Seen:
+    """What n rays met: mask (n,), distances t (n,), gradients of F (n, 3), inside (n,)."""
+
+    def __init__(self, n: int) -> None:
+        self.mask, self.inside = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+        self.t, self.gradients = np.full(n, np.inf), np.full((n, 3), np.nan)
+
+    def add(self, rows: np.ndarray, hits: RayHits) -> None:
+        """Takes over the hits of some of the rays."""
+        some = hits.mask.cpu().numpy()
+        met = rows[some]
+        self.mask[met] = True
+        self.inside[met] = hits.inside.cpu().numpy()[some]
+        self.t[met] = _numbers(hits.t)[some]
+        gradient = np.full((len(rows), 3), np.nan)
+        gradient[hits.rows.cpu().numpy()] = _numbers(hits.result.jacobian[:, 0])
+        self.gradients[met] = gradient[some]
+
+
+def _numbers(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The part of each pixel's rays that is near a mesh.
+
+    Attributes:
+        near, far: (height, width), distances along the ray; far < near where there is no mesh
+            within a pixel.
+        sure: (height, width) bool, where the ray through the middle meets the mesh.
+        reach: how far from the mesh the level set is looked for.
+        end: nothing of the mesh is farther away than this.
+    """
+
+    near: np.ndarray
+    far: np.ndarray
+    sure: np.ndarray
+    reach: float
+    end: float
+
+    @staticmethod
+    def along(guide: TriangleMesh, camera: Camera) -> _Search:
+        vertices = np.asarray(guide.vertices, dtype=np.float64).reshape(-1, 3)
+        faces = np.asarray(guide.faces, dtype=np.int64).reshape(-1, 3)
+        height, width = camera.height, camera.width
+        nothing = np.full((height, width), np.inf)
+        if not len(faces):
+            return _Search(nothing, -nothing, np.zeros((height, width), dtype=bool), 1.0, 0.0)
+        shape = (vertices - camera.eye) @ np.stack([camera.right, camera.up, camera.back], 1)
+        ahead = -shape[:, 2]
+        if camera.fov == 0:
+            scale = np.full(len(shape), height / camera.span)
+            depth = ahead
+        else:
+            if ahead.min() <= 1e-9 * camera.distance:
+                raise ValueError("guide: expected a mesh in front of the eye, got one around it")
+            scale = height / (2 * math.tan(math.radians(camera.fov) / 2)) / ahead
+            depth = -1 / ahead  # is linear on the screen, as the distance is not
+        low, high = float(depth.min()), float(depth.max())
+        spread = 2 * height / max(high - low, 1e-300)
+        screen = np.stack(
+            [
+                width / 2 + scale * shape[:, 0],
+                height / 2 - scale * shape[:, 1],
+                (depth - (low + high) / 2) * spread,
+            ],
+            1,
+        )
+        corner = screen[faces]
+        pixel, owner = canvas.owners(canvas.rasterize(corner, width, height))
+        weight, _ = canvas.barycentric(corner, owner, pixel % width, pixel // width)
+        met = (weight * depth[faces[owner]]).sum(1)
+        distance = nothing.copy()
+        if camera.fov == 0:
+            distance.ravel()[pixel] = met
+        else:
+            rays = camera.rays(pixel % width + 0.5, pixel // width + 0.5)[1]
+            distance.ravel()[pixel] = -1 / met / -(rays @ camera.back)
+        edges = np.linalg.norm(vertices[faces] - vertices[np.roll(faces, 1, 1)], axis=2)
+        reach = float(np.median(edges)) or 1.0
+        sure = np.isfinite(distance)
+        behind = np.where(sure, distance, -np.inf)
+        near = scipy.ndimage.minimum_filter(distance, 3, mode="nearest") - reach
+        far = scipy.ndimage.maximum_filter(behind, 3, mode="nearest") + reach
+        # At an outline the surface turns away. It is a parabola there, along which the last part of
+        # a pixel goes at most 2.5 times as far down as the pixel before.
+        end = float(np.linalg.norm(shape, axis=1).max()) + reach
+        deepest = scipy.ndimage.maximum_filter(behind, 5, mode="nearest")
+        nearest = scipy.ndimage.minimum_filter(distance, 5, mode="nearest")
+        outline = ~scipy.ndimage.minimum_filter(sure, 3, mode="nearest") & (near < far)
+        far[outline] += 3 * (deepest - nearest)[outline]
+        return _Search(near, np.minimum(far, end), sure, reach, end)
+
+    def at(self, column: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """near, far and sure (n,) of rays through places of the picture."""
+        place = row.astype(np.int64), column.astype(np.int64)
+        return self.near[place], self.far[place], self.sure[place]
 
 
 def _tolerance(cast: Any, camera: Camera) -> float:
     """1e-4 of the distance to the target, in the units of F."""
     row, column = (index.ravel() + 0.5 for index in np.mgrid[:16, :16])
-    hits = cast(column * camera.width / 16, row * camera.height / 16, 0.0)
-    slopes = torch.linalg.vector_norm(hits.result.jacobian[:, 0], dim=1)
-    slopes = slopes[torch.isfinite(slopes)]
-    return 1e-4 * camera.distance * float(slopes.median()) if len(slopes) else 0.0
+    seen = cast(column * camera.width / 16, row * camera.height / 16, 0.0)
+    slopes = np.linalg.norm(seen.gradients, axis=1)
+    slopes = slopes[np.isfinite(slopes)]
+    return 1e-4 * camera.distance * float(np.median(slopes)) if len(slopes) else 0.0
 
 
 def _shade(
-    hits: RayHits, camera: Camera, outer: np.ndarray, inner: np.ndarray, behind: np.ndarray
+    seen: _Seen, camera: Camera, outer: np.ndarray, inner: np.ndarray, behind: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     colors = np.array(behind)
     shapes = np.zeros((len(colors), 4))
-    hit = hits.mask.cpu().numpy()
-    normals = hits.normals[hits.mask].double().cpu().numpy()
+    hit = seen.mask
+    normals = seen.gradients[hit]
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-300)
     normals = np.nan_to_num(normals)
-    from_inside = hits.inside.cpu().numpy()[hit]
+    from_inside = seen.inside[hit]
     normals[from_inside] *= -1
-    seen = normals @ np.stack([camera.right, camera.up, camera.back], 1)
-    seen[:, 2] = np.maximum(seen[:, 2], 0.0)
-    colors[hit] = np.clip(_lit(seen, np.where(from_inside[:, None], inner, outer)), 0, 1)
+    shown = normals @ np.stack([camera.right, camera.up, camera.back], 1)
+    shown[:, 2] = np.maximum(shown[:, 2], 0.0)
+    albedo = np.where(from_inside[:, None], inner, outer)
+    colors[hit] = np.clip(canvas.lit(shown, albedo), 0, 1)
     shapes[hit, :3] = normals
-    shapes[hit, 3] = hits.t[hits.mask].double().cpu().numpy()
+    shapes[hit, 3] = seen.t[hit]
     return colors, shapes
 
 

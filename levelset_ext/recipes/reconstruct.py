@@ -16,7 +16,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ from levelset_ext.errors import InputError
 from levelset_ext.geometry.compare import compare_meshes
 from levelset_ext.geometry.extract import Mesh, extract_mesh
 from levelset_ext.geometry.preview import render_preview
-from levelset_ext.networks import ImplicitMLP
+from levelset_ext.networks import MLP, ImplicitMLP
 from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.result import LevelSetResult, Status
-from levelset_ext.samplers import level_points, project
+from levelset_ext.samplers import SamplePool, level_points, project
 
 KIND = "levelset_ext reconstruct 1"
 
@@ -83,6 +83,12 @@ class ReconstructConfig:
     # searched once: far from the cloud a search costs more than the network. 0 draws new ones.
     pool: int = 300_000
     newton_iters: int = 10
+    # Points of a projected level are kept from step to step in a pool of this size and moved by
+    # warm_jitter before they are projected again, see SamplePool. 0 draws new ones in every step.
+    warm_pool: int = 0
+    warm_jitter: float = 0.01
+    warm_fresh: float = 0.1
+    warm_iters: int = 2
     newton_tol: float = 1e-4
     newton_step: float = 0.15
     # optimizer: Adam
@@ -192,7 +198,7 @@ class Training:
     """The state of a run between two steps, and the step.
 
     Args:
-        cloud: (N, 3) float32 in normalised units, on the device to train on.
+        cloud: (N, d) float32 in normalised units, on the device to train on.
         config: settings.
     """
 
@@ -201,20 +207,9 @@ class Training:
         # All randomness is drawn on the CPU from one generator, so that a checkpoint holds all of
         # it and a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(config.seed)
-        network = ImplicitMLP(
-            3,
-            1,
-            config.width,
-            config.hidden_layers,
-            activation=config.activation,
-            beta=config.beta,
-            skip=config.skip,
-        )
-        if config.start == "sphere":
-            network.init_sphere_(config.start_radius, self.generator)
-        else:
-            network.init_paper_(self.generator)
-        self.network: nn.Module = network.to(cloud.device)
+        self.network: nn.Module = self.new_network().to(cloud.device)
+        # Reads the parameters of the network in place.
+        self.field = MLP.from_module(self.network)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             lr=config.learning_rate,
@@ -227,12 +222,29 @@ class Training:
         if config.pool:
             starts = self._starts(config.pool, config.general_noise)
             self.pool = starts, ops.nearest_distance(starts, cloud)[1]
+        self.warm = [self._warm_pool(level) for level in config.levels] if config.warm_pool else []
         self.step = 0
         # Sums over the steps so far, for the log and the metrics.
         self.converged_rows = 0
         self.projected_rows = 0
         self.rank_deficient_rows = 0
         self.skipped_steps = 0
+
+    def new_network(self) -> ImplicitMLP:
+        """The network with its starting parameters, on the CPU."""
+        config = self.config
+        network = ImplicitMLP(
+            3,
+            1,
+            config.width,
+            config.hidden_layers,
+            activation=config.activation,
+            beta=config.beta,
+            skip=config.skip,
+        )
+        if config.start == "sphere":
+            return network.init_sphere_(config.start_radius, self.generator)
+        return network.init_paper_(self.generator)
 
     def state(self) -> dict[str, Any]:
         counters = (
@@ -246,6 +258,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "warm": [pool.state_dict() for pool in self.warm],
             "counters": {name: getattr(self, name) for name in counters},
         }
 
@@ -253,6 +266,8 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        for pool, kept in zip(self.warm, state["warm"], strict=True):
+            pool.load_state_dict(kept)
         for name, value in state["counters"].items():
             setattr(self, name, value)
 
@@ -281,36 +296,58 @@ class Training:
         for sigma, share in noise:
             some = min(round(share * count), rest)
             rest -= some
-            offset = torch.randn(some, 3, generator=self.generator).to(self.cloud)
-            parts.append(self._rows(some) + sigma * offset)
-        unit = torch.rand(rest, 3, generator=self.generator).to(self.cloud)
+            offset = torch.randn(some, self.cloud.shape[1], generator=self.generator)
+            parts.append(self._rows(some) + sigma * offset.to(self.cloud))
+        unit = torch.rand(rest, self.cloud.shape[1], generator=self.generator).to(self.cloud)
         parts.append(self.low + unit * (self.high - self.low))
         return torch.cat(parts)
+
+    def _newton_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "tol": config.newton_tol,
+            "max_step": config.newton_step,
+            "box": (self.low - config.margin, self.high + config.margin),
+        }
+
+    def _warm_pool(self, level: float) -> SamplePool:
+        config = self.config
+        return SamplePool(
+            config.warm_pool,
+            lambda count: self._starts(count, config.projected_noise),
+            level=level,
+            jitter=config.warm_jitter,
+            fresh=config.warm_fresh,
+            max_iters=config.warm_iters,
+            generator=self.generator,
+            **self._newton_options(),
+        )
 
     def samples(self) -> tuple[list[LevelSetResult], LevelSetResult, Tensor | None]:
         """Points projected to each level, points on whatever level set they lie on, and the cloud
         points nearest to the latter where the pool knows them."""
         config = self.config
         share = config.projected // len(config.levels)
-        projected = [
-            project(
-                self.network,
-                self._starts(share, config.projected_noise),
-                level=level,
-                max_iters=config.newton_iters,
-                tol=config.newton_tol,
-                max_step=config.newton_step,
-                box=(self.low - config.margin, self.high + config.margin),
-            )
-            for level in config.levels
-        ]
+        if self.warm:
+            projected = [pool.draw(self.field, share) for pool in self.warm]
+        else:
+            projected = [
+                project(
+                    self.field,
+                    self._starts(share, config.projected_noise),
+                    level,
+                    config.newton_iters,
+                    **self._newton_options(),
+                )
+                for level in config.levels
+            ]
         if self.pool is None:
             starts, nearest = self._starts(config.general, config.general_noise), None
         else:
             rows = torch.randint(config.pool, (config.general,), generator=self.generator)
             rows = rows.to(self.cloud.device)
             starts, nearest = self.pool[0][rows], self.pool[1][rows]
-        return projected, level_points(self.network, starts), nearest
+        return projected, level_points(self.field, starts), nearest
 
     def advance(self) -> losses.ReconstructionLoss:
         """One step of Eq. 13."""
@@ -319,7 +356,7 @@ class Training:
             group["lr"] = self.learning_rate()
         projected, general, nearest = self.samples()
         loss = losses.reconstruction(
-            self.network,
+            self.field,
             [*projected, general],
             self.cloud,
             self._rows(config.cloud_points),
@@ -424,7 +461,7 @@ def reconstruct(
         training.load(saved["training"])
         spent = saved["seconds"]
         say(f"going on at step {training.step} of {config.steps}")
-    history = _train(training, out, lambda: spent + time.monotonic() - began)
+    history = train_in_folder(training, out, KIND, lambda: spent + time.monotonic() - began)
     trained = spent + time.monotonic() - began
     say(f"trained in {clock(trained)}; extracting at resolution {config.resolution}")
 
@@ -432,14 +469,18 @@ def reconstruct(
     if mesh.empty:
         raise RuntimeError("the trained network has no zero level set inside the box of the cloud")
     write_mesh(out / "mesh.ply", mesh.vertices, mesh.faces, mesh.normals)
-    render_preview(out / "preview.png", cloud.points, mesh)
+    in_unit = replace(mesh, vertices=normal.to_unit(mesh.vertices))
+    render_preview(out / "preview.png", normal.to_unit(cloud.points), in_unit, training.field)
     metrics = _metrics(cloud, mesh, training, history, trained)
     metrics["seconds"] = spent + time.monotonic() - began
     write_json(out / "metrics.json", metrics)
     return metrics
 
 
-def _train(training: Training, out: Path, seconds: Callable[[], float]) -> dict[str, float]:
+def train_in_folder(
+    training: Training, out: Path, kind: str, seconds: Callable[[], float]
+) -> dict[str, float]:
+    """All steps that are left, with checkpoints of the given kind; returns the last losses."""
     config = training.config
     progress = Progress("step", config.steps, training.step)
     recent: dict[str, float] = {}
@@ -450,7 +491,7 @@ def _train(training: Training, out: Path, seconds: Callable[[], float]) -> dict[
             save_checkpoint(
                 out / "checkpoint.pt",
                 {
-                    "kind": KIND,
+                    "kind": kind,
                     "seconds": seconds(),
                     "settings": asdict(config),
                     "training": training.state(),

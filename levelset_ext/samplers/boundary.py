@@ -15,7 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field, as_field, check_points, jacobian_of, values_of
+from levelset_ext.field import (
+    Field,
+    as_constant_field,
+    as_field,
+    check_points,
+    jacobian_of,
+    values_of,
+)
 from levelset_ext.margin import check_labels, margin
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers.false_position import RowField, search_segments
@@ -131,7 +138,7 @@ def find_boundary(
         raise ValueError(f"start: expected shape {tuple(x.shape)}, got {tuple(start.shape)}")
     if not keep_below > 0:
         raise ValueError(f"keep_below: expected a number > 0, got {keep_below!r}")
-    field = as_field(fn)
+    field = as_constant_field(fn)
     labels = y.detach().to(x.device)
     widths = _per_row("eps_correct", eps_correct, x, 0), _per_row("eps_wrong", eps_wrong, x, 0)
     steps = _per_row("step", step, x, None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from levelset_ext import _C, ops
-from levelset_ext.field import Field, as_field, check_points, jacobian_of, values_of
+from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers.state import SamplerState, check_limits
 
@@ -67,7 +67,7 @@ def false_position(
         TypeError, ValueError: an argument is not as described.
     """
     start, end = check_points("start", start), check_points("end", end)
-    field = as_field(fn)
+    field = as_constant_field(fn)
     return search_segments(
         lambda x, rows: field(x),
         start,

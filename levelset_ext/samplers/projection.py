@@ -10,7 +10,7 @@ from torch import Tensor
 
 from levelset_ext import ops
 from levelset_ext.compiled import MLP, compiled_field
-from levelset_ext.field import Field, as_field, check_points, jacobian_of, values_of
+from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
 from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState, box_bounds, check_limits
@@ -79,7 +79,7 @@ def project(
                 box_bounds(box, x),
                 keep,
             )
-    field = as_field(fn)
+    field = as_constant_field(fn)
     # Tensors made in inference mode could not enter the sample network afterwards.
     with torch.inference_mode(False), torch.no_grad():
         state = SamplerState(x, level)
