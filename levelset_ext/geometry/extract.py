@@ -21,6 +21,7 @@ import numpy.typing as npt
 import scipy.ndimage
 import torch
 
+from levelset_ext.compiled import compiled_field
 from levelset_ext.field import Field, evaluation_copy, value_and_jacobian
 from levelset_ext.samplers import project
 
@@ -167,7 +168,8 @@ def _evaluate(
     with torch.no_grad():
         for at in range(0, len(x), batch):
             part = torch.from_numpy(x[at : at + batch]).to(device=device, dtype=dtype)
-            value = fn(part)
+            compiled = compiled_field(fn, part)
+            value = fn(part) if compiled is None else compiled.values(part)
             if value.shape not in ((len(part),), (len(part), 1)):
                 raise ValueError(
                     f"fn: expected values ({len(part)},) or ({len(part)}, 1) for points "
