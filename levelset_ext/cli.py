@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from levelset_ext._load import build_info
+from levelset_ext.bench import add_bench_command
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
@@ -49,6 +50,22 @@ def _reconstruct(args: argparse.Namespace) -> None:
         f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
         f"{metrics['components']} component(s), "
         f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
+    )
+
+
+def _curve(args: argparse.Namespace) -> None:
+    from levelset_ext.recipes.curve import curve_preset, load_curve_points, reconstruct_curve
+
+    device = parse_device(args.device)
+    config = curve_preset(args.preset, args.steps, args.seed)
+    cloud = load_curve_points(args.points, args.seed)
+    metrics = reconstruct_curve(
+        cloud, Path(args.out), config, device=device, resume=args.resume, say=say
+    )
+    say(
+        f"{args.out}/curve.ply: {metrics['vertices']} vertices, {metrics['components']} "
+        f"component(s), {'closed' if metrics['closed'] else 'open'}, length "
+        f"{metrics['length']:.6g}, {metrics['seconds']:.0f} s"
     )
 
 
@@ -113,6 +130,27 @@ def _parser() -> _Parser:
     )
     one.set_defaults(run=_reconstruct)
 
+    one = commands.add_parser(
+        "curve",
+        help="points to a curve",
+        description="Trains a network whose zero level set is a curve through points of space (two "
+        "outputs) or of the plane (one output), traces it and writes curve.ply (vertices in order "
+        "and edges), metrics.json, preview.png, checkpoint.pt and config.json.",
+    )
+    one.add_argument(
+        "points",
+        nargs="?",
+        metavar="POINTS",
+        help="PLY, OBJ, OFF, STL, XYZ or NPY; noisy points of a random closed spline if left out",
+    )
+    one.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    one.add_argument("--preset", default="fast", help="fast (the default) or paper (for a GPU)")
+    one.add_argument("--steps", type=int, help="training steps; the schedules stretch to them")
+    one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
+    one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
+    one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    one.set_defaults(run=_curve)
+
     one = commands.add_parser("compare", help="distances between two surfaces, as JSON")
     one.add_argument("mesh", metavar="MESH")
     one.add_argument("truth", metavar="TRUTH")
@@ -122,6 +160,7 @@ def _parser() -> _Parser:
 
     add_train_command(commands)
     add_attack_command(commands)
+    add_bench_command(commands)
 
     one = commands.add_parser("info", help="versions, compiler, CUDA and devices, as JSON")
     one.set_defaults(run=_info)

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <string_view>
 
 #include "../core/params.h"
 #include "../core/status.h"
@@ -12,26 +10,12 @@
 
 namespace levelset::cpu {
 
-template <typename S>
-const MlpKernels<S>& mlp_kernels() {
-  static const MlpKernels<S>* const chosen = [] {
-    const char* asked = std::getenv("LEVELSET_ISA");
-    const std::string_view name = asked != nullptr ? asked : "";
-    if (name != "avx2" && name != "portable" && mlp_kernels_avx512<S>()) {
-      return mlp_kernels_avx512<S>();
-    }
-    if (name != "portable" && mlp_kernels_avx2<S>()) return mlp_kernels_avx2<S>();
-    return mlp_kernels_portable<S>();
-  }();
-  return *chosen;
-}
-
 namespace {
 
 // Panels of at most two vectors of columns, see MlpNet. element(k, c) is row k, column c.
 template <typename S, typename Element>
 void pack(std::int64_t rows, std::int64_t columns, S* to, Element element) {
-  const std::int64_t lanes = mlp_kernels<S>().lanes;
+  const std::int64_t lanes = vector_kernels<S>().lanes;
   for (std::int64_t first = 0; first < columns; first += 2 * lanes) {
     const std::int64_t width = first + lanes < columns ? 2 * lanes : lanes;
     const std::int64_t real = std::min(width, columns - first);
@@ -47,7 +31,7 @@ void pack(std::int64_t rows, std::int64_t columns, S* to, Element element) {
 
 template <typename S>
 std::int64_t mlp_place(MlpLayer& layer, std::int64_t at) {
-  const std::int64_t lanes = mlp_kernels<S>().lanes;
+  const std::int64_t lanes = vector_kernels<S>().lanes;
   const std::int64_t columns = layer.hidden + layer.inputs;
   layer.bias_at = at;
   layer.forward_at = layer.bias_at + padded(layer.outputs, 2 * lanes);
@@ -80,7 +64,7 @@ void mlp_pack(const MlpLayer& layer, Matrix<S> hidden, Matrix<S> inputs, const S
 template <typename S>
 std::int64_t mlp_tile_rows(std::int64_t rows, std::int64_t threads) {
   // Eight blocks of rows: the weights of a layer are then read often enough from the second cache.
-  const std::int64_t block = mlp_kernels<S>().block_rows;
+  const std::int64_t block = vector_kernels<S>().block_rows;
   const std::int64_t share = (rows + threads - 1) / std::max<std::int64_t>(1, threads);
   return std::min(8 * block, padded(std::max<std::int64_t>(1, share), block));
 }
@@ -89,7 +73,7 @@ template <typename S>
 MlpWorkspace<S>::MlpWorkspace(const MlpNet<S>& net, std::int64_t capacity, bool with_deltas,
                               bool keep_deltas)
     : capacity_(capacity) {
-  const std::int64_t lanes = mlp_kernels<S>().lanes, d = net.dimension;
+  const std::int64_t lanes = vector_kernels<S>().lanes, d = net.dimension;
   const auto take = [&](std::int64_t numbers) {
     const std::int64_t at = numbers_;
     numbers_ += padded(numbers, 16);
@@ -208,7 +192,7 @@ void hand_over(const MlpProjectParams<S>& p, const MlpTile<S>& tile, std::int64_
 template <typename S>
 void mlp_project(const MlpProjectParams<S>& p, const MlpTile<S>& tile,
                  std::atomic<std::int64_t>& next) {
-  const MlpKernels<S>& kernels = mlp_kernels<S>();
+  const VectorKernels<S>& kernels = vector_kernels<S>();
   const std::int64_t d = p.net.dimension, l = p.net.outputs, capacity = tile.capacity;
   Slots<S> slots{std::vector<std::int64_t>(capacity), std::vector<std::int32_t>(capacity),
                  std::vector<std::int8_t>(capacity), std::vector<S>(capacity * l)};
@@ -286,13 +270,12 @@ void mlp_values(const MlpNet<S>& net, const S* points, S* values, const MlpTile<
   for (std::int64_t first = begin; first < end; first += tile.capacity) {
     const std::int64_t rows = std::min(tile.capacity, end - first);
     std::copy_n(points + first * d, rows * d, tile.points);
-    mlp_kernels<S>().forward(net, tile, rows);
+    vector_kernels<S>().forward(net, tile, rows);
     std::copy_n(tile.values, rows * l, values + first * l);
   }
 }
 
 #define LEVELSET_INSTANTIATE(S)                                                              \
-  template const MlpKernels<S>& mlp_kernels();                                               \
   template std::int64_t mlp_place<S>(MlpLayer&, std::int64_t);                               \
   template void mlp_pack(const MlpLayer&, Matrix<S>, Matrix<S>, const S*, std::int64_t, S*); \
   template class MlpWorkspace<S>;                                                            \

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../core/mlp_net.h"
-#include "mlp_kernels.h"
+#include "vector_kernels.h"
 
 namespace levelset::cpu {
 

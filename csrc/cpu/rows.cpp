@@ -2,6 +2,7 @@
 
 #include "../core/dispatch.h"
 #include "../core/newton_row.h"
+#include "vector_kernels.h"
 
 namespace levelset::cpu {
 
@@ -42,6 +43,21 @@ void pinv_adjoint(const PinvParams<S>& params, std::int64_t begin, std::int64_t 
 
 template <typename S>
 void newton_update(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end) {
+  if (params.outputs == 1 && (params.columns == 2 || params.columns == 3)) {
+    const VectorKernels<S>& kernels = vector_kernels<S>();
+    const auto run = params.columns == 2 ? kernels.newton_plane : kernels.newton_space;
+    if (!run(params, begin, end)) return;
+    with_columns(params.columns, [&](auto d) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t row = params.index != nullptr ? params.index[i] : i;
+        if (row < 0 || row >= params.point_rows || params.status[row] != kIrregularRow) continue;
+        NewtonParams<S> p = params;
+        p.running = nullptr;  // it runs, and its mark stands where that was said
+        newton_update_row<S, S, 1>(SerialTeam{}, p, i, d);
+      }
+    });
+    return;
+  }
   specialised(params, [&](auto l, auto d) {
     const NewtonParams<S> p = params;
     for (std::int64_t i = begin; i < end; ++i) newton_update_row<S, S, l()>(SerialTeam{}, p, i, d);

@@ -228,7 +228,7 @@ Tensor mlp_weight_gradient(const Tensor& deltas, const Tensor& hidden, const Ten
   if (outputs == 0 || inputs == 0) return gradient;
   with_wide_dtype(deltas.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    const auto& kernels = cpu::mlp_kernels<S>();
+    const auto& kernels = cpu::vector_kernels<S>();
     const WeightGradientParams<S> params{n,
                                          outputs,
                                          inputs,

@@ -97,7 +97,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("mlp_activations") = activations;
   module.def("mlp_place", &mlp_place, pybind11::arg("outputs"), pybind11::arg("columns"),
              pybind11::arg("at"), pybind11::arg("double_precision"));
-  module.attr("mlp_vector_bytes") = int(levelset::cpu::mlp_kernels<float>().lanes * sizeof(float));
+  module.attr("mlp_vector_bytes") =
+      int(levelset::cpu::vector_kernels<float>().lanes * sizeof(float));
 
   pybind11::dict build;
   build["compiler"] = LEVELSET_COMPILER;

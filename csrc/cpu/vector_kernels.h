@@ -1,13 +1,16 @@
-// The inner loops of the compiled fields, once for every vector instruction set that the compiler
-// can be asked for; the best one that this processor has is chosen at run time.
+// Inner loops written in vectors, once for every vector instruction set that the compiler can be
+// asked for; the best one that this processor has is chosen at run time.
 #pragma once
 
+#include "../core/limits.h"
 #include "../core/mlp_net.h"
+#include "../core/params.h"
+#include "../core/status.h"
 
 namespace levelset::cpu {
 
 template <typename S>
-struct MlpKernels {
+struct VectorKernels {
   std::int64_t lanes;       // numbers in a vector
   std::int64_t block_rows;  // rows that share the registers; tiles are best a multiple of it
   // F, h_k and a_k' of the first `rows` points of the tile.
@@ -17,22 +20,27 @@ struct MlpKernels {
   // Panels [begin, end) of two vectors of columns of dL/dW. `room` holds gradient_room() numbers.
   void (*weight_gradient)(const WeightGradientParams<S>& params, std::int64_t begin,
                           std::int64_t end, S* room);
+  // The rows [begin, end) of a Newton update with one output and 2 or 3 columns. Returns
+  // whether it has left rows alone and marked them with kIrregularRow.
+  bool (*newton_plane)(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end);
+  bool (*newton_space)(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end);
 };
 
+constexpr std::int8_t kIrregularRow = -1;
 constexpr std::int64_t kGradientRows = 256;  // rows summed before the registers are written back
 
 // Null where this build or this processor has no such instructions.
 template <typename S>
-const MlpKernels<S>* mlp_kernels_avx512();
+const VectorKernels<S>* vector_kernels_avx512();
 template <typename S>
-const MlpKernels<S>* mlp_kernels_avx2();
+const VectorKernels<S>* vector_kernels_avx2();
 template <typename S>
-const MlpKernels<S>* mlp_kernels_portable();
+const VectorKernels<S>* vector_kernels_portable();
 
 // The best of them; the environment variable LEVELSET_ISA (avx512, avx2, portable) asks for
 // another.
 template <typename S>
-const MlpKernels<S>& mlp_kernels();
+const VectorKernels<S>& vector_kernels();
 
 // Columns of a packed matrix, padded to whole vectors.
 constexpr std::int64_t padded(std::int64_t columns, std::int64_t lanes) {
