@@ -14,7 +14,8 @@ bracket_value: int
 build: dict[str, Any]
 mlp_activations: dict[str, int]
 mlp_vector_bytes: int
+mlp_mixed: bool
 
-def mlp_place(
-    outputs: int, columns: int, at: int, double_precision: bool
-) -> tuple[int, int, int, int]: ...
+def mlp_packed_size(
+    outputs: int, hidden: int, inputs: int, double_precision: bool
+) -> tuple[int, int]: ...

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import levelset_ext as ls
+from levelset_ext import _C
 from levelset_ext.networks import MLP, ImplicitMLP, compiled_fields, fc1, fc2
 from levelset_ext.result import LevelSetResult, Status
 
@@ -383,6 +384,72 @@ def test_empty_batch():
     assert all(
         torch.equal(g, torch.zeros_like(g)) for g in gradients(field(points(0, 6)).sum(), net)
     )
+
+
+# --- mixed precision ---------------------------------------------------------------------------
+
+mixed_only = pytest.mark.skipif(not _C.mlp_mixed, reason="this processor has no bfloat16 products")
+
+
+@mixed_only
+@pytest.mark.parametrize("name", ["skip", "FC-2", "siren", "silu, skip True", "five outputs"])
+def test_mixed_precision_ends_with_exact_numbers(name):
+    net, exact = network(name, torch.float32)
+    mixed = MLP.from_module(net, mixed=True)
+    x = points(333, exact.dimension, torch.float32)
+    x[7] = torch.nan
+    level = exact.values(0.3 * x[:5]).mean(0)
+    a, b = ls.project(exact, x, level, 12, 1e-4), ls.project(mixed, x, level, 12, 1e-4)
+    good = b.status != Status.NON_FINITE
+    assert int(good.sum()) == 332
+    # What comes back is F and D_xF of the returned points, to the bit.
+    here = exact.evaluate(b.points)
+    assert torch.equal(here.values[good], b.values[good])
+    assert torch.equal(here.jacobian[good], b.jacobian[good])
+    assert (b.residual[b.converged] <= 1e-4).all()
+    # As many rows arrive, and about as soon.
+    assert abs(int(a.converged.sum()) - int(b.converged.sum())) <= 7
+    both = a.converged & b.converged
+    if int(both.sum()) > 100:
+        assert (b.iterations - a.iterations)[both].float().mean() < 1.0
+
+
+@mixed_only
+def test_mixed_precision_rows_are_independent_and_trainable():
+    net, _ = network("silu, skip True", torch.float32)
+    field = MLP.from_module(net, mixed=True)
+    x = points(400, 3, torch.float32)
+    together = ls.project(field, x, max_iters=6)
+    for i in (0, 113, 399):
+        assert torch.equal(
+            ls.project(field, x[i : i + 1], max_iters=6).points[0], together.points[i]
+        )
+    target = points(400, 3, torch.float32, seed=4)
+
+    def loss(fn):
+        return (ls.sample_network(fn, together) - target).square().sum(1).mean()
+
+    for f, s in zip(gradients(loss(field), net), gradients(loss(net), net), strict=True):
+        assert (f - s).abs().max() <= 1e-4 * s.abs().max().clamp(min=1e-3)
+
+
+@mixed_only
+def test_mixed_precision_on_a_field_without_curvature():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    with torch.no_grad():  # F = relu(x) - relu(-x) - 0.3 = x - 0.3
+        net[0].weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        net[0].bias.zero_()
+        net[2].weight.copy_(torch.tensor([[1.0, -1.0]]))
+        net[2].bias.fill_(-0.3)
+    field = MLP.from_module(net, mixed=True)
+    x = torch.tensor([[0.9, 0.0], [-0.4, 2.0], [0.3, 1.0]])
+    result = ls.project(field, x, max_iters=8)
+    assert result.converged.all()
+    torch.testing.assert_close(result.points[:, 0], torch.full((3,), 0.3))
+    # No update to spend: nothing but exact evaluations.
+    still = ls.project(field, x, max_iters=0)
+    assert torch.equal(still.points, x)
+    assert torch.equal(still.values, field.evaluate(x).values)
 
 
 # --- what is not a perceptron -------------------------------------------------------------------

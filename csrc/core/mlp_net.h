@@ -27,6 +27,7 @@ struct MlpLayer {
   double threshold;  // of softplus
   // Where its parts begin in the packed parameters, in numbers of S; see csrc/cpu/mlp.h.
   std::int64_t bias_at, forward_at, backward_at;
+  std::int64_t coarse_forward_at, coarse_backward_at;
 };
 
 // Parameters are packed for a vector unit of `lanes` numbers: a matrix of K rows and N columns is
@@ -35,6 +36,7 @@ struct MlpLayer {
 template <typename S>
 struct MlpNet {
   const S* packed;
+  const std::uint32_t* coarse;  // W and [W U] in pairs of bfloat16 rows, or null
   const MlpLayer* layers;
   int count;               // layers, the linear one at the end among them
   std::int64_t dimension;  // d
@@ -57,6 +59,8 @@ struct MlpTile {
   S* const* slopes;
   S* const* deltas;
   const std::int64_t* stride;  // of a row of any of the three
+  std::uint32_t* pairs;        // (capacity, pair_stride), room for a factor in bfloat16, or null
+  std::int64_t pair_stride;
 };
 
 // One block of dL/dW = sum_i c_i delta_i h_i^T, the rows [begin, end) of the columns of `inputs`.

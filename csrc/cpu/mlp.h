@@ -27,6 +27,11 @@ template <typename S>
 void mlp_pack(const MlpLayer& layer, Matrix<S> hidden, Matrix<S> inputs, const S* bias,
               std::int64_t bias_stride, S* packed);
 
+// The same for the coarse products: places, in numbers of 32 bits, and what is packed there.
+std::int64_t mlp_place_coarse(MlpLayer& layer, std::int64_t at);
+void mlp_pack_coarse(const MlpLayer& layer, Matrix<float> hidden, Matrix<float> inputs,
+                     std::uint32_t* coarse);
+
 template <typename S>
 struct MlpProjectParams {
   MlpNet<S> net;
@@ -61,7 +66,7 @@ class MlpWorkspace {
  private:
   std::int64_t capacity_, scratch_stride_, numbers_ = 0;
   std::vector<std::int64_t> stride_, hidden_at_, slopes_at_, deltas_at_;
-  std::int64_t points_at_, values_at_, jacobian_at_, scratch_at_;
+  std::int64_t points_at_, values_at_, jacobian_at_, scratch_at_, pairs_at_ = -1, pair_stride_ = 0;
   std::vector<S*> hidden_, slopes_, deltas_;
 };
 
@@ -69,6 +74,9 @@ class MlpWorkspace {
 template <typename S>
 std::int64_t mlp_tile_rows(std::int64_t rows, std::int64_t threads);
 
+// Where the net has coarse weights, a row's first evaluation is coarse, and so is D_xF wherever it
+// does not end; what is handed over is exact.
+//
 // Projects rows until `next`, which all threads share and which starts at 0, has passed the last.
 template <typename S>
 void mlp_project(const MlpProjectParams<S>& params, const MlpTile<S>& tile,

@@ -29,6 +29,18 @@ struct VectorKernels {
 constexpr std::int8_t kIrregularRow = -1;
 constexpr std::int64_t kGradientRows = 256;  // rows summed before the registers are written back
 
+// The same products with factors rounded to bfloat16 and sums in float32: about three digits, at
+// twice the rate. Points and biases stay float32.
+struct CoarseKernels {
+  std::int64_t lanes;  // of the packed matrices
+  void (*forward)(const MlpNet<float>& net, const MlpTile<float>& tile, std::int64_t rows);
+  void (*backward)(const MlpNet<float>& net, const MlpTile<float>& tile, std::int64_t rows,
+                   int output);
+};
+
+// Null where this build or this processor has none.
+const CoarseKernels* coarse_kernels();
+
 // Null where this build or this processor has no such instructions.
 template <typename S>
 const VectorKernels<S>* vector_kernels_avx512();

@@ -12,15 +12,16 @@
 namespace levelset::glue {
 namespace {
 
-constexpr std::int64_t kLayoutColumns = 7, kScaleColumns = 2;
+constexpr std::int64_t kLayoutColumns = 4, kScaleColumns = 2;
 
-// The layers that `layout` (layers, 7) int64 and `scales` (layers, 2) float64 describe.
-std::vector<MlpLayer> read_layers(const Tensor& packed, const Tensor& layout,
+// The layers that `layout` (layers, 4) int64 and `scales` (layers, 2) float64 describe, and where
+// they are in `packed`, and in `coarse` if it is not empty.
+std::vector<MlpLayer> read_layers(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
                                   const Tensor& scales) {
-  expect_dim(layout, "layout", "(layers, 7)", 2);
+  expect_dim(layout, "layout", "(layers, 4)", 2);
   const std::int64_t count = layout.size(0);
   require(count >= 1, "layout: expected at least one layer, got none");
-  expect_shape(layout, "layout", "(layers, 7)", {count, kLayoutColumns});
+  expect_shape(layout, "layout", "(layers, 4)", {count, kLayoutColumns});
   expect_dtype(layout, "layout", ScalarType::Long);
   expect_contiguous(layout, "layout");
   expect_shape(scales, "scales", "(layers, 2)", {count, kScaleColumns});
@@ -29,37 +30,52 @@ std::vector<MlpLayer> read_layers(const Tensor& packed, const Tensor& layout,
   expect_dim(packed, "packed", "(numbers,)", 1);
   expect_contiguous(packed, "packed");
   expect_floating(packed, "packed");
+  expect_dim(coarse, "coarse", "(numbers,)", 1);
+  expect_contiguous(coarse, "coarse");
+  expect_dtype(coarse, "coarse", ScalarType::Int);
   const auto* numbers = static_cast<const std::int64_t*>(layout.const_data_ptr());
   const auto* factors = static_cast<const double*>(scales.const_data_ptr());
   std::vector<MlpLayer> layers;
-  std::int64_t before = 0, at = 0, dimension = 0;
+  std::int64_t before = 0, at = 0, coarse_at = 0, dimension = 0;
   for (std::int64_t k = 0; k < count; ++k) {
     const std::int64_t* row = numbers + k * kLayoutColumns;
-    MlpLayer layer{row[0], row[1], row[2], Activation(row[3]), factors[k * 2], factors[k * 2 + 1],
-                   row[4], row[5], row[6]};
-    const std::int64_t bias_at = row[4], forward_at = row[5], backward_at = row[6];
+    MlpLayer layer{};
+    layer.outputs = row[0];
+    layer.hidden = row[1];
+    layer.inputs = row[2];
+    layer.activation = Activation(row[3]);
+    layer.sharpness = factors[k * kScaleColumns];
+    layer.threshold = factors[k * kScaleColumns + 1];
     if (k == 0) dimension = layer.inputs;
     require(layer.outputs >= 1 && dimension >= 1 && layer.hidden == before &&
                 (layer.inputs == 0 || layer.inputs == dimension) && row[3] >= 0 && row[3] <= 5,
             "layout: layer ", k, " does not fit the ones before it");
     at = packed.scalar_type() == ScalarType::Double ? cpu::mlp_place<double>(layer, at)
                                                     : cpu::mlp_place<float>(layer, at);
-    require(layer.bias_at == bias_at && layer.forward_at == forward_at &&
-                layer.backward_at == backward_at,
-            "layout: layer ", k, " was placed for another processor or dtype");
+    coarse_at = cpu::mlp_place_coarse(layer, coarse_at);
     before = layer.outputs;
     layers.push_back(layer);
   }
   require(layers.back().activation == Activation::kNone,
           "layout: expected a last layer without activation");
   expect_shape(packed, "packed", "(numbers,)", {at});
+  if (coarse.size(0) > 0) {
+    expect_shape(coarse, "coarse", "(numbers,)", {coarse_at});
+    require(packed.scalar_type() == ScalarType::Float && cpu::coarse_kernels() != nullptr,
+            "coarse: expected no coarse weights for float64, or on this processor");
+  }
   return layers;
 }
 
 template <typename S>
-MlpNet<S> net_of(const Tensor& packed, const std::vector<MlpLayer>& layers) {
-  return {static_cast<const S*>(packed.const_data_ptr()), layers.data(), int(layers.size()),
-          layers.front().inputs, int(layers.back().outputs)};
+MlpNet<S> net_of(const Tensor& packed, const Tensor& coarse, const std::vector<MlpLayer>& layers) {
+  const void* pairs = coarse.size(0) > 0 ? coarse.const_data_ptr() : nullptr;
+  return {static_cast<const S*>(packed.const_data_ptr()),
+          static_cast<const std::uint32_t*>(pairs),
+          layers.data(),
+          int(layers.size()),
+          layers.front().inputs,
+          int(layers.back().outputs)};
 }
 
 template <typename S>
@@ -69,10 +85,10 @@ cpu::Matrix<S> matrix_of(const std::optional<Tensor>& t) {
           t->stride(1)};
 }
 
-void mlp_pack_(const Tensor& packed, const Tensor& layout, const Tensor& scales, std::int64_t index,
-               const std::optional<Tensor>& hidden, const std::optional<Tensor>& inputs,
-               const std::optional<Tensor>& bias) {
-  const std::vector<MlpLayer> layers = read_layers(packed, layout, scales);
+void mlp_pack_(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
+               const Tensor& scales, std::int64_t index, const std::optional<Tensor>& hidden,
+               const std::optional<Tensor>& inputs, const std::optional<Tensor>& bias) {
+  const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
   require(index >= 0 && index < std::int64_t(layers.size()), "index: expected a layer, 0 to ",
           layers.size() - 1, ", got ", index);
   const MlpLayer& layer = layers[index];
@@ -95,6 +111,12 @@ void mlp_pack_(const Tensor& packed, const Tensor& layout, const Tensor& scales,
                      bias.has_value() ? static_cast<const S*>(bias->const_data_ptr()) : nullptr,
                      bias.has_value() ? bias->stride(0) : 0,
                      static_cast<S*>(packed.mutable_data_ptr()));
+    if constexpr (sizeof(S) == sizeof(float)) {
+      if (coarse.size(0) > 0) {
+        cpu::mlp_pack_coarse(layer, matrix_of<float>(hidden), matrix_of<float>(inputs),
+                             static_cast<std::uint32_t*>(coarse.mutable_data_ptr()));
+      }
+    }
   });
 }
 
@@ -116,10 +138,11 @@ void with_tiles(const Tensor& like, const MlpNet<S>& net, std::int64_t rows, std
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_project(
-    const Tensor& packed, const Tensor& layout, const Tensor& scales, const Tensor& points,
-    const Tensor& level, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
-    std::int64_t max_iters, double tol, double max_step, bool keep, std::int64_t threads) {
-  const std::vector<MlpLayer> layers = read_layers(packed, layout, scales);
+    const Tensor& packed, const Tensor& coarse, const Tensor& layout, const Tensor& scales,
+    const Tensor& points, const Tensor& level, const std::optional<Tensor>& lower,
+    const std::optional<Tensor>& upper, std::int64_t max_iters, double tol, double max_step,
+    bool keep, std::int64_t threads) {
+  const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
   expect_dim(points, "points", "(n, d)", 2);
   const std::int64_t n = points.size(0), d = layers.front().inputs, l = layers.back().outputs;
   expect_outputs(l);
@@ -161,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_project(
         return t.has_value() ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
       };
       const cpu::MlpProjectParams<S> params{
-          net_of<S>(packed, layers),
+          net_of<S>(packed, coarse, layers),
           n,
           static_cast<const S*>(start.const_data_ptr()),
           static_cast<const S*>(target.const_data_ptr()),
@@ -186,9 +209,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_project(
   return {next_points, values, jacobian, status, iterations, hidden, deltas};
 }
 
-Tensor mlp_values(const Tensor& packed, const Tensor& layout, const Tensor& scales,
-                  const Tensor& points, std::int64_t threads) {
-  const std::vector<MlpLayer> layers = read_layers(packed, layout, scales);
+Tensor mlp_values(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
+                  const Tensor& scales, const Tensor& points, std::int64_t threads) {
+  const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
   expect_dim(points, "points", "(n, d)", 2);
   const std::int64_t n = points.size(0), l = layers.back().outputs;
   expect_shape(points, "points", "(n, d)", {n, layers.front().inputs});
@@ -199,7 +222,7 @@ Tensor mlp_values(const Tensor& packed, const Tensor& layout, const Tensor& scal
   if (n == 0) return values;
   with_wide_dtype(points.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    const MlpNet<S> net = net_of<S>(packed, layers);
+    const MlpNet<S> net = net_of<S>(packed, coarse, layers);
     const S* const from = static_cast<const S*>(start.const_data_ptr());
     S* const to = static_cast<S*>(values.mutable_data_ptr());
     std::atomic<std::int64_t> next{0};

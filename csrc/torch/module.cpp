@@ -30,29 +30,34 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
   // A compiled field: layout (layers, 7) is outputs, hidden, inputs, activation and the three
   // places of mlp_place; scales (layers, 2) is sharpness and threshold.
   library.def(
-      "mlp_pack_(Tensor(a!) packed, Tensor layout, Tensor scales, int index, Tensor? hidden, "
+      "mlp_pack_(Tensor(a!) packed, Tensor(b!) coarse, Tensor layout, Tensor scales, int index, "
+      "Tensor? hidden, "
       "Tensor? inputs, Tensor? bias) -> ()");
   library.def(
-      "mlp_project(Tensor packed, Tensor layout, Tensor scales, Tensor points, Tensor level, "
+      "mlp_project(Tensor packed, Tensor coarse, Tensor layout, Tensor scales, Tensor points, "
+      "Tensor level, "
       "Tensor? lower, Tensor? upper, int max_iters, float tol, float max_step, bool keep, "
       "int threads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "mlp_values(Tensor packed, Tensor layout, Tensor scales, Tensor points, int threads) -> "
+      "mlp_values(Tensor packed, Tensor coarse, Tensor layout, Tensor scales, Tensor points, int "
+      "threads) -> "
       "Tensor");
   library.def("mlp_weight_gradient(Tensor deltas, Tensor hidden, Tensor coefficients) -> Tensor");
 }
 
 namespace {
 
-// Where bias, forward and backward matrix of a layer are packed from `at` on, and the end.
-std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> mlp_place(
-    std::int64_t outputs, std::int64_t columns, std::int64_t at, bool double_precision) {
+// Numbers that a layer with so many outputs and columns takes among the packed parameters, and
+// among the coarse ones.
+std::tuple<std::int64_t, std::int64_t> mlp_packed_size(std::int64_t outputs, std::int64_t hidden,
+                                                       std::int64_t inputs, bool double_precision) {
   levelset::MlpLayer layer{};
   layer.outputs = outputs;
-  layer.hidden = columns;
-  const std::int64_t end = double_precision ? levelset::cpu::mlp_place<double>(layer, at)
-                                            : levelset::cpu::mlp_place<float>(layer, at);
-  return {layer.bias_at, layer.forward_at, layer.backward_at, end};
+  layer.hidden = hidden;
+  layer.inputs = inputs;
+  const std::int64_t size = double_precision ? levelset::cpu::mlp_place<double>(layer, 0)
+                                             : levelset::cpu::mlp_place<float>(layer, 0);
+  return {size, levelset::cpu::mlp_place_coarse(layer, 0)};
 }
 
 }  // namespace
@@ -95,8 +100,9 @@ PYBIND11_MODULE(_C, module) {
   activations["sine"] = int(levelset::Activation::kSine);
   activations["tanh"] = int(levelset::Activation::kTanh);
   module.attr("mlp_activations") = activations;
-  module.def("mlp_place", &mlp_place, pybind11::arg("outputs"), pybind11::arg("columns"),
-             pybind11::arg("at"), pybind11::arg("double_precision"));
+  module.def("mlp_packed_size", &mlp_packed_size, pybind11::arg("outputs"), pybind11::arg("hidden"),
+             pybind11::arg("inputs"), pybind11::arg("double_precision"));
+  module.attr("mlp_mixed") = levelset::cpu::coarse_kernels() != nullptr;
   module.attr("mlp_vector_bytes") =
       int(levelset::cpu::vector_kernels<float>().lanes * sizeof(float));
 

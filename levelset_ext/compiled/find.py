@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
 
 from levelset_ext.compiled.mlp import MLP
 from levelset_ext.compiled.trace import NotAnMLP
@@ -33,13 +35,23 @@ def compiled_field(fn: Any, x: Tensor) -> MLP | None:
     """The compiled field to evaluate ``fn`` at these points with, or None.
 
     Modules are traced once, and again when something about them has changed that a trace depends
-    on: classes, hooks, which parameters they hold, numbers and texts among their attributes.
+    on: classes, their forward, hooks, which parameters they hold, numbers and texts among their
+    attributes and among those of plain objects (a configuration) that they hold. What a forward
+    reads elsewhere, such as a global variable, is taken to stay as it is.
     """
     if isinstance(fn, MLP):
-        return fn if fn.takes(x) else None
+        return fn if fn.takes(x) and not _in_transform() else None
     if not _enabled or type(fn) is nn.Module or not isinstance(fn, nn.Module) or x.dim() != 2:
         return None
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.shape[1] == 0 or torch.compiler.is_compiling():
+        return None
+    if _in_transform() or torch.get_default_device().type != "cpu":
+        return None
+    if isinstance(getattr(fn, "_orig_mod", None), nn.Module):
+        fn = fn._orig_mod  # what torch.compile wrapped
+    # Hooks for all modules would not run; within parametrize.cached() a layer may lag behind its
+    # parameters, which are what a compiled field watches.
+    if _has_any_global_hook() or parametrize._cache_enabled or not _plain(fn):
         return None
     signature = _signature(fn)
     known = _known.get(fn)
@@ -52,26 +64,57 @@ def compiled_field(fn: Any, x: Tensor) -> MLP | None:
     return known[1] if known[1] is not None and known[1].takes(x) else None
 
 
+def _in_transform() -> bool:
+    """Whether a transform of torch.func is at work, whose tensors have no numbers to read."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether the compiled loop can read the numbers of a module and see when they change: tensors
+    of torch's own classes, with a version, in modules that are not inside another's wrapper."""
+    for child in module.modules():
+        if "_orig_mod" in child._modules:
+            return False
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            if tensor is not None and (
+                type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference()
+            ):
+                return False
+    return True
+
+
+_FEW = 32  # attributes; what has more is no configuration, and would take long to look through
+
+# What nn.Module itself keeps; hooks and tensors are looked at on their own.
+_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_is_full_backward_hook"}
+
+
 def _signature(module: nn.Module) -> list[Any]:
     """What a trace depends on."""
     signature: list[Any] = []
     for name, child in module.named_modules(remove_duplicate=False):
-        signature.append((name, type(child)))
+        signature.append((name, type(child), getattr(type(child), "forward", None)))
         for key, value in child.__dict__.items():
             if key in ("_parameters", "_buffers"):
                 signature.append([(k, id(t)) for k, t in value.items()])
-            elif key.endswith("_hooks"):
+            elif key.endswith("_hooks") and isinstance(value, dict):
                 signature.append([id(hook) for hook in value.values()])
-            elif key not in ("_modules", "training") and not key.startswith("_"):
+            elif key not in _OWN:
                 signature.append((key, _fingerprint(value)))
     return signature
 
 
-def _fingerprint(value: Any) -> Any:
+def _fingerprint(value: Any, depth: int = 4) -> Any:
     if isinstance(value, bool | int | float | complex | str | bytes | type(None)):
         return value
+    if depth == 0 or isinstance(value, Tensor | nn.Module | type):
+        return id(value)
     if isinstance(value, list | tuple | set | frozenset):
-        return [_fingerprint(v) for v in value]
+        return [_fingerprint(v, depth - 1) for v in value]
     if isinstance(value, dict):
-        return [(k, _fingerprint(v)) for k, v in value.items()]
-    return id(value)
+        return [(k, _fingerprint(v, depth - 1)) for k, v in value.items()]
+    # An object that holds a few things, as configurations do, is looked into.
+    held = getattr(value, "__dict__", None)
+    if not held or len(held) > _FEW:
+        return id(value)
+    return [id(value), _fingerprint(dict(held), depth - 1)]

@@ -44,7 +44,10 @@ class MLP:
     Elsewhere (other devices and dtypes, points that require a gradient) the module is called.
     """
 
-    def __init__(self, module: nn.Module, dimension: int | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, dimension: int | None = None, mixed: bool = False
+    ) -> None:
+        self.mixed = mixed and _C.mlp_mixed
         self.module = evaluation_copy(module)
         reader = Reader(self.module, dimension)
         self.dimension, self._flat = reader.chain.dimension, reader.flat
@@ -63,12 +66,19 @@ class MLP:
         self._sources = [*self.module.parameters(), *self.module.buffers()]
 
     @classmethod
-    def from_module(cls, module: nn.Module, dimension: int | None = None) -> MLP:
+    def from_module(
+        cls, module: nn.Module, dimension: int | None = None, *, mixed: bool = False
+    ) -> MLP:
         """The compiled field of a module.
 
         Args:
             module: a chain of layers, see the head of this file.
             dimension: d, where it cannot be seen from the first layer.
+            mixed: run the iteration of float32 networks in mixed precision: the first evaluation of
+                a row, and D_xF wherever the row does not end, multiply bfloat16 numbers. Whether a
+                row has converged is decided, and ``values`` and ``jacobian`` are returned, in
+                float32. A row may take another way, so to another point of the level set a little
+                aside. On processors without such products (``AVX512-BF16``) nothing changes.
 
         Raises:
             ValueError: the module is no such chain; the message says where it departs from one.
@@ -76,7 +86,7 @@ class MLP:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         try:
-            return cls(module, dimension)
+            return cls(module, dimension, mixed)
         except NotAnMLP as error:
             raise ValueError(
                 f"module: expected a multilayer perceptron, got a {type(module).__name__}: {error}"
@@ -132,9 +142,7 @@ class MLP:
     def values(self, x: Tensor) -> Tensor:
         """F(x), (n, l), without gradients."""
         pack = self.packed()
-        return torch.ops.levelset_ext.mlp_values(
-            pack.numbers, pack.layout, pack.scales, x.detach(), torch.get_num_threads()
-        )
+        return torch.ops.levelset_ext.mlp_values(*pack.tensors, x.detach(), torch.get_num_threads())
 
     def evaluate(self, x: Tensor, keep: bool = False) -> LevelSetResult:
         """F and D_xF at x, as a result with zero iterations."""
@@ -154,9 +162,7 @@ class MLP:
         pack = self.packed()
         points, values, jacobian, status, iterations, hidden, deltas = (
             torch.ops.levelset_ext.mlp_project(
-                pack.numbers,
-                pack.layout,
-                pack.scales,
+                *pack.tensors,
                 x.detach(),
                 level,
                 *bounds,
@@ -203,7 +209,7 @@ class MLP:
         """The parameters as the compiled loop reads them, packed anew where they have changed."""
         pack = self._pack
         if pack is None or not pack.holds(self._sources):
-            self._pack = pack = _Pack(self._layers, self._sources, pack)
+            self._pack = pack = _Pack(self._layers, self._sources, self.mixed, pack)
         return pack
 
     def weights(self) -> list[Tensor]:
@@ -234,7 +240,11 @@ class _Pack:
 
     @torch.no_grad()
     def __init__(
-        self, layers: Sequence[Layer], sources: Sequence[Tensor], before: _Pack | None
+        self,
+        layers: Sequence[Layer],
+        sources: Sequence[Tensor],
+        mixed: bool,
+        before: _Pack | None,
     ) -> None:
         _Pack._serials += 1
         self.serial = _Pack._serials
@@ -244,31 +254,30 @@ class _Pack:
         if [c.shape for c in self._copies] != [s.shape for s in sources]:
             self._copies = [torch.empty_like(s, requires_grad=False) for s in sources]
         torch._foreach_copy_(self._copies, [s.detach() for s in sources])
-        rows, scales, at = [], [], 0
+        rows, scales, read, numbers, pairs = [], [], [], 0, 0
         double = sources[0].dtype == torch.float64
-        read = []
         for layer in layers:
-            hidden = None if layer.hidden is None else layer.hidden()
-            inputs = None if layer.inputs is None else layer.inputs()
-            bias = None if layer.bias is None else layer.bias()
-            read.append((hidden, inputs, bias))
-            columns = [0 if m is None else m.shape[1] for m in (hidden, inputs)]
-            bias_at, forward_at, backward_at, end = _C.mlp_place(
-                layer.outputs, sum(columns), at, double
-            )
-            code = _C.mlp_activations[layer.activation]
-            rows.append([layer.outputs, *columns, code, bias_at, forward_at, backward_at])
+            parts = [None if f is None else f() for f in (layer.hidden, layer.inputs, layer.bias)]
+            read.append(parts)
+            hidden, inputs = (0 if m is None else m.shape[1] for m in parts[:2])
+            size = _C.mlp_packed_size(layer.outputs, hidden, inputs, double)
+            numbers, pairs = numbers + size[0], pairs + size[1]
+            rows.append([layer.outputs, hidden, inputs, _C.mlp_activations[layer.activation]])
             scales.append([layer.sharpness, layer.threshold])
-            at = end
-        self.layout = torch.tensor(rows, dtype=torch.int64)
-        self.scales = torch.tensor(scales, dtype=torch.float64)
-        self.numbers: Tensor = sources[0].new_empty(0) if before is None else before.numbers
-        if self.numbers.shape != (at,):
-            self.numbers = sources[0].new_empty(at)
-        for index, (hidden, inputs, bias) in enumerate(read):
-            torch.ops.levelset_ext.mlp_pack_(
-                self.numbers, self.layout, self.scales, index, hidden, inputs, bias
-            )
+        packed, coarse = (None, None) if before is None else before.tensors[:2]
+        if packed is None or len(packed) != numbers:
+            packed = sources[0].new_empty(numbers)
+        pairs = pairs if mixed and sources[0].dtype == torch.float32 else 0
+        if coarse is None or len(coarse) != pairs:
+            coarse = torch.empty(pairs, dtype=torch.int32)
+        self.tensors: tuple[Tensor, Tensor, Tensor, Tensor] = (
+            packed,
+            coarse,
+            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(scales, dtype=torch.float64),
+        )
+        for index, parts in enumerate(read):
+            torch.ops.levelset_ext.mlp_pack_(*self.tensors, index, *parts)
 
     def holds(self, sources: Sequence[Tensor]) -> bool:
         if _versions(sources) != self._versions:
