@@ -130,12 +130,13 @@ def _weight_gradients(recording: Recording, gradient: Tensor) -> list[Tensor]:
         else:
             deltas = (recording.deltas[k] * gradient.t()[:, :, None]).sum(0)
             factors = ones
-        if layer.hidden is not None:
-            found.append(
-                torch.ops.levelset_ext.mlp_weight_gradient(deltas, recording.hidden[k - 1], factors)
-            )
-        if layer.inputs is not None:
-            found.append(deltas.t() @ (recording.points * factors[:, None]))
+        sources = [None if layer.hidden is None else recording.hidden[k - 1]]
+        sources.append(None if layer.inputs is None else recording.points)
+        found += [
+            torch.ops.levelset_ext.mlp_weight_gradient(deltas, source, factors)
+            for source in sources
+            if source is not None
+        ]
         if layer.bias is not None:
             found.append(deltas.t() @ factors)
     return found
