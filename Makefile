@@ -19,9 +19,10 @@ SUFFIX = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_config_var(
 SOURCES := $(shell find csrc -type f) setup.py VERSION
 CLANG_FORMAT = $(shell $(PYTHON) -c "import shutil, sysconfig; print(shutil.which('clang-format', path=sysconfig.get_path('scripts')) or 'clang-format')")
 DEMO_STEPS ?= 3000
+CASES ?= 10000
 
 .DEFAULT_GOAL := build
-.PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench gpu-check ci clean print-python
+.PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench soak gpu-check ci clean print-python
 
 help:
 	@sed -n 's/^# //p' Makefile | head -7
@@ -50,8 +51,8 @@ demo: build                        ## a synthetic raw scan becomes demo/mesh.ply
 	$(PYTHON) -m levelset_ext reconstruct --out demo --steps $(DEMO_STEPS)
 	@echo "demo/mesh.ply and demo/preview.png are there"
 
-test: build                        ## the Python tests
-	$(PYTHON) -m pytest
+test: build                        ## the Python tests, one process a core
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
 
 build/cmake/CTestTestfile.cmake: CMakeLists.txt csrc/sources.txt
 	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
@@ -75,6 +76,21 @@ format: build/setup.stamp          ## rewrite the files as lint wants them
 
 types: build/setup.stamp           ## static types
 	$(PYTHON) -m mypy
+
+bench: build                       ## every speed claim, checked and measured; ten quiet minutes
+	$(PYTHON) -m levelset_ext bench all --out benchmarks/results/bench
+
+.PHONY: docs wheel
+docs: build/setup.stamp            ## the documentation site, build/site/index.html; broken links fail
+	$(PYTHON) tools/install_missing.py requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+wheel: build/setup.stamp           ## source distribution and wheel in dist/, tried in an environment of their own
+	$(PYTHON) tools/build_wheel.py
+
+soak: build                        ## long fuzzing of ops and file readers; CASES=... of each
+	-$(PYTHON) tests/fuzz/fuzz_ops.py --cases $(CASES) --out benchmarks/results/soak.json
+	$(PYTHON) tests/fuzz/fuzz_readers.py --cases $$((10 * $(CASES))) --out benchmarks/results/soak.json
 
 gpu-check:                         ## on a machine with a GPU: CUDA tests, sanitizers, benchmark tables
 	bash benchmarks/gpu_check.sh

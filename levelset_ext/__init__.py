@@ -36,6 +36,7 @@ __all__ = [
     "level_points",
     "losses",
     "networks",
+    "objectives",
     "ops",
     "project",
     "sample_network",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 # Imported when first used: they bring in libraries that the rest does without.
-_LATER = ("attacks", "geometry")
+_LATER = ("attacks", "geometry", "objectives")
 
 
 def __getattr__(name: str) -> ModuleType:

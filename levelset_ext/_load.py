@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 _OLDEST_TORCH = (2, 11)
@@ -21,13 +26,31 @@ def check_torch(version: str) -> None:
 
 check_torch(torch.__version__)
 
+
+def explain(error: ImportError, folder: Path) -> str:
+    """One line on why the compiled module in the package's folder could not be imported."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    again = "in a checkout run 'make' or 'python setup.py build_ext --inplace'"
+    there = sorted(p.name for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd"))
+    if not there:
+        return f"levelset_ext: the compiled module _C is not built; {again}"
+    if f"_C{suffix}" not in there:
+        return (
+            f"levelset_ext: the compiled module _C is built for another Python: expected "
+            f"_C{suffix} for Python {platform.python_version()}, got {', '.join(there)}; install "
+            f"the wheel of this Python, or {again}"
+        )
+    cause = " ".join(str(error).split())
+    return (
+        f"levelset_ext: the compiled module _C does not load with torch {torch.__version__} "
+        f"({cause}); build it again: {again}"
+    )
+
+
 try:
     from levelset_ext import _C
 except ImportError as error:
-    raise ImportError(
-        "levelset_ext: the compiled module _C is not built or does not fit this Python; "
-        f"in a checkout run 'make' or 'python setup.py build_ext --inplace' ({error})"
-    ) from error
+    raise ImportError(explain(error, Path(__file__).parent)) from error
 
 
 def build_info() -> dict[str, Any]:
@@ -49,3 +72,56 @@ def build_info() -> dict[str, Any]:
         "cuda_kernels_registered": registered,
         "cuda_devices": devices,
     }
+
+
+# What the compiled fields use, by the width of their vectors in bytes.
+_INSTRUCTION_SETS = {64: "AVX-512", 32: "AVX2", 16: "128-bit vectors"}
+_NEEDED = ("numpy", "scipy", "scikit-image", "trimesh", "networkx", "pillow")
+_OPTIONAL = ("scikit-learn", "matplotlib", "pyautoattack", "advertorch")
+
+
+def system_info() -> dict[str, Any]:
+    """What a bug report needs: :func:`build_info`, and what is around this installation.
+
+    Returns:
+        all of :func:`build_info`; python, platform; torch_cuda (that torch was built with, None for
+        a CPU build); devices (name, compute capability, memory in GB and multiprocessors of the
+        CUDA devices); cpu_count; threads (torch's, and the variables that set them);
+        instruction_set (of the compiled fields), vector_bytes, mixed_precision (whether they have
+        it here), torch_instruction_set; packages (name to version, None for one that is not there).
+    """
+    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        **build_info(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch_cuda": torch.version.cuda,
+        "devices": [
+            {
+                "name": device.name,
+                "capability": f"{device.major}.{device.minor}",
+                "memory_gb": round(device.total_memory / 1e9, 1),
+                "multiprocessors": device.multi_processor_count,
+            }
+            for device in properties
+        ],
+        "cpu_count": os.cpu_count(),
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "torch_interop": torch.get_num_interop_threads(),
+            **{name: os.environ.get(name) for name in variables},
+        },
+        "instruction_set": _INSTRUCTION_SETS.get(_C.mlp_vector_bytes, "unknown"),
+        "vector_bytes": _C.mlp_vector_bytes,
+        "mixed_precision": _C.mlp_mixed,
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "packages": {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

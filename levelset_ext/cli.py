@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from levelset_ext._load import build_info
+from levelset_ext._load import build_info, system_info
 from levelset_ext.bench import add_bench_command
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
@@ -86,7 +86,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    print(json.dumps(build_info(), indent=2))
+    print(json.dumps(system_info(), indent=2))
 
 
 def _parser() -> _Parser:
