@@ -31,6 +31,8 @@ SMALL = replace(
     pool=500,
     resolution=40,
     checkpoint_every=7,
+    learning_rate=6e-3,  # of a run this short
+    warmup_steps=0,
 )
 
 
@@ -284,6 +286,30 @@ def test_paper_preset_is_the_supplementary_and_schedules_stretch() -> None:
     assert lams == pytest.approx([1.0, 3.0, 5.0, 5.0])
     assert recipe.preset("paper", steps=500).halve_at == (50, 150, 350)
     assert recipe.preset("paper", steps=500).lam_steps == 100
+
+
+def test_a_second_warm_up_holds_however_short_the_first_is() -> None:
+    config = replace(SMALL, steps=100_000, warmup=0.0, warmup_steps=10, learning_rate=1.0)
+    training = recipe.Training(torch.rand(50, 3), config)
+    rates = []
+    for step in (0, 4, 9, 10):
+        training.step = step
+        rates.append(training.learning_rate())
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0], rel=1e-6)
+
+
+def test_disks_stand_for_the_cloud_where_asked() -> None:
+    cloud = torch.from_numpy(small_cloud().points - [100.0, 0.0, -7.0]).float() / 3
+    with_disks, without = (
+        recipe.Training(cloud, replace(SMALL, distance=distance))
+        for distance in ("disks", "points")
+    )
+    assert without.disks is None
+    assert with_disks.disks is not None
+    gap = (with_disks.disks.centers - cloud).norm(dim=1)
+    assert 0 < float(gap.mean()) < 0.02
+    a, b = with_disks.advance(), without.advance()
+    assert float(a.total.detach()) != float(b.total.detach())
 
 
 def test_settings_of_the_loss_reach_it() -> None:

@@ -147,6 +147,87 @@ def test_a_known_nearest_point_gives_the_same_loss() -> None:
     assert grads[0] == grads[1] == grads[2] != 0.0
 
 
+def plane_points(n: int, noise: float, seed: int = 0) -> torch.Tensor:
+    """Points of the square |x|, |y| < 1 in the plane z = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.rand(n, 3, generator=generator, dtype=torch.float64) - 1
+    x[:, 2] = noise * torch.randn(n, generator=generator, dtype=torch.float64)
+    return x
+
+
+def test_distance_to_a_disk() -> None:
+    disks = ls.losses.Disks(
+        torch.zeros(1, 3, dtype=torch.float64),
+        torch.tensor([[0.0, 0.0, -1.0]], dtype=torch.float64),
+        torch.tensor([0.5], dtype=torch.float64),
+    )
+    x = torch.tensor(
+        [[0.1, 0.2, 0.3], [0.9, 0.0, -0.3], [0.0, 0.0, 0.0], [0.0, 1.5, 0.0]], dtype=torch.float64
+    ).requires_grad_()
+    distance = disks.distance(x, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(distance, torch.tensor([0.3, 0.5, 0.0, 1.0]).double())
+    (gradient,) = torch.autograd.grad(distance.sum(), x)
+    expected = [[0.0, 0.0, 1.0], [0.8, 0.0, -0.6], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    torch.testing.assert_close(gradient, torch.tensor(expected).double())
+
+
+def test_disks_lie_on_the_surface_between_the_points() -> None:
+    """Between the points of a plane the distance to the plane comes out, and not to the points;
+    with noise it is nearer to the truth than the points are; beyond the edge it grows."""
+    generator = torch.Generator().manual_seed(1)
+    x = 1.2 * torch.rand(400, 3, generator=generator, dtype=torch.float64) - 0.6
+    x[:, 2] *= 0.05
+    exact = plane_points(2000, 0.0)
+    disks = ls.losses.fit_disks(exact)
+    torch.testing.assert_close(disks.normals[:, 2].abs(), torch.ones(2000).double())
+    distance, index = ls.ops.nearest_distance(x, exact)
+    mine = disks.distance(x, index)
+    assert float((distance - x[:, 2].abs()).mean()) > 5e-3
+    assert float((mine - x[:, 2].abs()).abs().mean()) < 5e-4
+    noisy = plane_points(2000, 0.01)
+    disks = ls.losses.fit_disks(noisy)
+    assert float(disks.centers[:, 2].abs().mean()) < 0.6 * float(noisy[:, 2].abs().mean())
+    off = torch.tensor([[1.5, 0.0, 0.0]], dtype=torch.float64)
+    disks = ls.losses.fit_disks(exact)
+    (found,) = disks.distance(off, ls.ops.nearest_distance(off, exact)[1])
+    assert 0.4 < float(found) < 0.55
+
+
+def test_gradient_with_disks_is_that_of_a_moving_level_set() -> None:
+    cloud = sphere_points(400, 1.0)
+    disks = ls.losses.fit_disks(cloud)
+    start = 0.9 * sphere_points(32, 1.0, seed=2)
+    unit = start / 0.9
+
+    def by_formula(radius: float) -> float:
+        def distance(x: torch.Tensor) -> torch.Tensor:
+            return disks.distance(x, ls.ops.nearest_distance(x, cloud)[1])
+
+        # Points at |x| = 0.9 keep their level t = 0.9 - 0.95 as the radius moves.
+        level = distance((radius - 0.05) * unit) - 0.05
+        zero = distance(radius * unit)
+        return float(zero.square().mean().sqrt() + level.square().mean().sqrt())
+
+    net = Ball(0.95)
+    samples = [ls.project(net, start, tol=1e-13), ls.level_points(net, start)]
+    loss = ls.losses.reconstruction(net, samples, cloud, lam=0.0, p=2.0, disks=disks)
+    assert float(loss.total.detach()) == pytest.approx(by_formula(0.95), rel=1e-9)
+    loss.total.backward()
+    h = 1e-7
+    numeric = (by_formula(0.95 + h) - by_formula(0.95 - h)) / (2 * h)
+    assert net.radius.grad is not None
+    assert float(net.radius.grad) == pytest.approx(numeric, rel=1e-5)
+
+
+def test_bad_disks_are_named() -> None:
+    cloud = sphere_points(50, 1.0)
+    with pytest.raises(ValueError, match="neighbours: expected at least d = 3, got 2"):
+        ls.losses.fit_disks(cloud, 2, 1)
+    with pytest.raises(ValueError, match="covered: expected 1 to 11, got 12"):
+        ls.losses.fit_disks(cloud, covered=12)
+    assert ls.losses.fit_disks(cloud[:5]).radii.shape == (5,)  # fewer points than neighbours
+
+
 def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

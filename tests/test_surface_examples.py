@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from levelset_ext.errors import InputError
 from levelset_ext.networks import from_mesh
-from levelset_ext.recipes.reconstruct import Cloud
+from levelset_ext.recipes.reconstruct import PRESETS, Cloud
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python_examples"))
@@ -158,8 +158,11 @@ def test_ours_stretches_its_schedules_to_the_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_surfaces, "Training", Recorded)
     made = _surfaces.ours(noisy_sphere(0.8, 500), Budget(30), resolution=24)
     assert made.steps == len(seen) >= 25
-    assert max(rate for rate, _ in seen) > 2.5e-3
-    assert seen[-1][0] < 1e-4
+    # It rises within the second warm-up, which lasts so many steps whatever the time, and falls.
+    fast = PRESETS["fast"]
+    highest = max(rate for rate, _ in seen)
+    assert highest > 0.1 * fast.learning_rate * min(1, len(seen) / max(1, fast.warmup_steps))
+    assert seen[-1][0] < 0.03 * highest
     assert seen[0][1] == 1.0
     assert seen[-1][1] > 4.5
     assert made.seconds >= 30

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from levelset_ext import ops
@@ -13,7 +15,66 @@ from levelset_ext.field import Field, as_field, evaluate
 from levelset_ext.result import LevelSetResult
 from levelset_ext.sample_network import move_points
 
-__all__ = ["ReconstructionLoss", "reconstruction"]
+__all__ = ["Disks", "ReconstructionLoss", "fit_disks", "reconstruction"]
+
+
+class Disks(NamedTuple):
+    """Flat disks that stand for the surface between the points of a cloud X, one for each point.
+
+    centers: (N, d), the points moved along their normals onto the planes of their neighbours.
+    normals: (N, d), unit, of either sign. radii: (N,), > 0 where neighbours differ.
+    """
+
+    centers: Tensor
+    normals: Tensor
+    radii: Tensor
+
+    def distance(self, x: Tensor, index: Tensor) -> Tensor:
+        """(n,), from each row of x (n, d) to the disk ``index`` (n,) names; the gradient is the
+        unit vector from the nearest point of the disk, and 0 on it."""
+        offset = x - self.centers[index]
+        normal = self.normals[index]
+        height = (offset * normal).sum(1, keepdim=True)
+        aside = torch.linalg.vector_norm(offset - height * normal, dim=1)
+        outside = torch.relu(aside - self.radii[index])
+        return torch.linalg.vector_norm(torch.stack([height[:, 0], outside], 1), dim=1)
+
+
+def fit_disks(cloud: Tensor, neighbours: int = 12, covered: int = 4) -> Disks:
+    """The disks of a cloud that samples a hypersurface (a surface in space, a curve in the plane).
+
+    A plane is the least-squares one through a point and its nearest neighbours. Across a surface
+    that is sampled with noise the distance to the nearest point is wrong twice: near the surface it
+    is too large by the gaps between the points, and away from it too small, as of several points
+    the one that noise moved closest is the nearest. The disk averages over its neighbours' noise
+    and spans the gap; it ends where they do, so a hole in the cloud stays one.
+
+    Args:
+        cloud: X, (N, d).
+        neighbours: points of a plane, the point itself among them; at most N are taken.
+        covered: the radius is the distance to so manieth a neighbour, less than ``neighbours``.
+
+    Raises:
+        ValueError: ``neighbours`` is below d, ``covered`` below 1 or not below ``neighbours``.
+    """
+    d = cloud.shape[1]
+    if neighbours < d:
+        raise ValueError(f"neighbours: expected at least d = {d}, got {neighbours}")
+    if not 1 <= covered < neighbours:
+        raise ValueError(f"covered: expected 1 to {neighbours - 1}, got {covered}")
+    points = cloud.detach().cpu().double().numpy()
+    count = min(neighbours, len(points))
+    distance, index = cKDTree(points).query(points, k=np.arange(1, count + 1))
+    centers, normals = np.empty_like(points), np.empty_like(points)
+    for rows in np.array_split(np.arange(len(points)), -(-len(points) // 20_000)):
+        near = points[index[rows]]
+        mean = near.mean(1)
+        near -= mean[:, None]
+        normal = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1][:, :, 0]
+        height = ((points[rows] - mean) * normal).sum(1, keepdims=True)
+        centers[rows], normals[rows] = points[rows] - height * normal, normal
+    radii = distance[:, min(covered, count - 1)]
+    return Disks(*(torch.from_numpy(part).to(cloud) for part in (centers, normals, radii)))
 
 
 class ReconstructionLoss(NamedTuple):
@@ -38,6 +99,7 @@ def reconstruction(
     p: float = 1.0,
     min_slope: float = 0.0,
     nearest: Sequence[Tensor | None] | None = None,
+    disks: Disks | None = None,
 ) -> ReconstructionLoss:
     """Eq. 13:  sum_t [ mean_i | d(x_i, X) - |t| |^p ]^(1/p)  +  lam / N sum_j |F(x_j)|.
 
@@ -58,6 +120,8 @@ def reconstruction(
         nearest: for each sample set the index into ``cloud`` of the point nearest to each row, (n,)
             int64, or None where it is to be searched. Points that stay where they are from step to
             step need one search only.
+        disks: of the cloud, see :func:`fit_disks`: d(x, X) is then the distance to the disk of the
+            nearest point. None is the distance to the point itself.
 
     For l > 1 (curves) |t| and |F| are Euclidean norms of the l outputs. Differentiable in the
     parameters of ``fn``, by first derivatives of the network only.
@@ -91,8 +155,11 @@ def reconstruction(
             for part, found, rows in zip(together.points.split(sizes), known, usable, strict=True)
         ]
     )
-    # Its gradient is the unit vector from the nearest point, and 0 at distance 0.
-    distance = torch.linalg.vector_norm(points - cloud[index], dim=1)
+    if disks is None:
+        # Its gradient is the unit vector from the nearest point, and 0 at distance 0.
+        distance = torch.linalg.vector_norm(points - cloud[index], dim=1)
+    else:
+        distance = disks.distance(points, index)
     on_level = torch.where(together.converged[:, None], together.level, together.values)
     error = (distance - torch.linalg.vector_norm(on_level, dim=1)).abs()
     terms = [_mean_power(part, p) for part in error.split(sizes)]

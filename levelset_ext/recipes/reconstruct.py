@@ -37,6 +37,7 @@ from levelset_ext.networks import MLP, ImplicitMLP
 from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb
 from levelset_ext.recipes.run_folder import begin_run
+from levelset_ext.recipes.soap import Soap
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers import SamplePool, level_points, project
 
@@ -72,6 +73,10 @@ class ReconstructConfig:
     p: float = 2.0
     min_slope: float = 0.3
     levels: tuple[float, ...] = (0.0,)  # levels that samples are projected to; T has the others too
+    # d(x, X): to the nearest "points", or to the "disks" around them, see losses.fit_disks, whose
+    # centers are then the x_j of the second sum too.
+    distance: str = "points"
+    neighbours: int = 12  # of a disk
     # samples of one step
     projected: int = 512
     general: int = 1024
@@ -91,11 +96,12 @@ class ReconstructConfig:
     warm_iters: int = 2
     newton_tol: float = 1e-4
     newton_step: float = 0.15
-    # optimizer: Adam
+    optimizer: str = "adam"  # or "soap", see levelset_ext.recipes.soap, with its own decays
     learning_rate: float = 3e-3
-    beta2: float = 0.99
+    beta2: float = 0.99  # of Adam
     schedule: str = "cosine"  # after a linear warm-up; or "halving"
     warmup: float = 0.05  # share of the steps
+    warmup_steps: int = 0  # a second warm-up, so long however many steps there are
     halve_at: tuple[int, ...] = ()
     # extraction
     resolution: int = 256
@@ -103,7 +109,13 @@ class ReconstructConfig:
 
 
 PRESETS: dict[str, ReconstructConfig] = {
-    "fast": ReconstructConfig(),
+    "fast": ReconstructConfig(
+        distance="disks",
+        optimizer="soap",
+        learning_rate=1e-2,
+        warmup_steps=100,
+        pool=150_000,
+    ),
     # The supplementary's setting: FC-2, an epoch is 10 batches of 10 K points, half of them moved
     # to the zero level set, 0.001 halved at epochs 500, 1500 and 3500, lambda 1 -> 5 over 1000
     # epochs.
@@ -210,13 +222,10 @@ class Training:
         self.network: nn.Module = self.new_network().to(cloud.device)
         # Reads the parameters of the network in place.
         self.field = MLP.from_module(self.network)
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            eps=1e-12,
-            fused=True,
-        )
+        self.optimizer = self._new_optimizer()
+        self.disks: losses.Disks | None = None
+        if config.distance == "disks":
+            self.disks = losses.fit_disks(cloud, config.neighbours)
         self.low, self.high = cloud.amin(0) - config.margin, cloud.amax(0) + config.margin
         self.pool: tuple[Tensor, Tensor] | None = None
         if config.pool:
@@ -246,6 +255,18 @@ class Training:
             return network.init_sphere_(config.start_radius, self.generator)
         return network.init_paper_(self.generator)
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        if config.optimizer == "soap":
+            return Soap(self.network.parameters(), config.learning_rate)
+        return torch.optim.Adam(
+            self.network.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            eps=1e-12,
+            fused=True,
+        )
+
     def state(self) -> dict[str, Any]:
         counters = (
             "step",
@@ -272,6 +293,12 @@ class Training:
             setattr(self, name, value)
 
     def learning_rate(self) -> float:
+        rate = self._scheduled_rate()
+        if self.step < self.config.warmup_steps:
+            rate *= (self.step + 1) / self.config.warmup_steps
+        return rate
+
+    def _scheduled_rate(self) -> float:
         config, done = self.config, self.step / self.config.steps
         if config.warmup > 0 and done < config.warmup:
             return config.learning_rate * (self.step + 1) / (config.warmup * config.steps)
@@ -286,8 +313,10 @@ class Training:
         return config.lam_first + (config.lam_last - config.lam_first) * grown
 
     def _rows(self, count: int) -> Tensor:
+        """Random points of the cloud, or centers of its disks."""
         index = torch.randint(len(self.cloud), (count,), generator=self.generator)
-        return self.cloud[index.to(self.cloud.device)]
+        points = self.cloud if self.disks is None else self.disks.centers
+        return points[index.to(self.cloud.device)]
 
     def _starts(self, count: int, noise: tuple[tuple[float, float], ...]) -> Tensor:
         """Starting points, see :class:`ReconstructConfig`."""
@@ -364,6 +393,7 @@ class Training:
             p=config.p,
             min_slope=config.min_slope,
             nearest=[*(None for _ in projected), nearest],
+            disks=self.disks,
         )
         self.optimizer.zero_grad(set_to_none=True)
         if bool(torch.isfinite(loss.total)):

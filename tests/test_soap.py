@@ -1,0 +1,97 @@
+"""The optimizer of the preset "fast"."""
+
+import copy
+
+import pytest
+import torch
+
+from levelset_ext.recipes.soap import Soap
+
+
+def test_the_first_step_is_the_polar_factor() -> None:
+    """In the eigenbasis of its own factors a gradient is its singular values on the diagonal, and
+    Adam's first step takes each of them to 1: U S V^T becomes U V^T."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
+    weight.grad = torch.randn(5, 5, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(weight.grad)
+    Soap([weight], 0.1, eps=1e-9).step()
+    # Off the diagonal are zeros up to rounding, which Adam would blow up without eps.
+    torch.testing.assert_close(weight.detach(), -0.1 * u @ v, atol=1e-5, rtol=0)
+
+
+def test_vectors_get_adam() -> None:
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(7, dtype=torch.float64))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    soap = Soap([ours], 0.01, (0.9, 0.99), eps=1e-12)
+    adam = torch.optim.Adam([theirs], 0.01, (0.9, 0.99), eps=1e-12)
+    for _ in range(20):
+        ours.grad = torch.randn(7, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        soap.step()
+        adam.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_it_does_not_depend_on_the_basis_of_inputs_and_outputs() -> None:
+    """Rotating a layer's inputs and outputs rotates its path, as long as the bases are refreshed
+    by the same rule; Adam's would change."""
+    torch.manual_seed(1)
+    p = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    first = torch.randn(4, 3, dtype=torch.float64)
+    plain, turned = torch.nn.Parameter(first.clone()), torch.nn.Parameter(p @ first @ q)
+    optimizers = [Soap([w], 0.05, refresh=3, eps=1e-9) for w in (plain, turned)]
+    for _ in range(12):
+        gradient = torch.randn(4, 3, dtype=torch.float64)
+        plain.grad, turned.grad = gradient, p @ gradient @ q
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(p @ plain.detach() @ q, turned.detach(), atol=1e-6, rtol=0)
+
+
+def test_an_ill_conditioned_fit_needs_fewer_steps_than_with_adam() -> None:
+    """min |X W - Y|^2 with inputs that are strongly correlated, in float64."""
+    torch.manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
+    x = torch.randn(400, 16, dtype=torch.float64) @ (torch.logspace(0, -2, 16)[:, None] * basis)
+    y = x @ torch.randn(16, 8, dtype=torch.float64)
+
+    def after(make: type[torch.optim.Optimizer]) -> float:
+        w = torch.nn.Parameter(torch.zeros(16, 8, dtype=torch.float64))
+        optimizer = make([w], lr=0.05)  # type: ignore[call-arg]
+        for _ in range(300):
+            optimizer.zero_grad()
+            (x @ w - y).square().mean().backward()
+            optimizer.step()
+        return float((x @ w - y).square().mean().detach())
+
+    assert after(Soap) < 0.3 * after(torch.optim.Adam)
+
+
+def test_it_goes_on_bit_for_bit() -> None:
+    def run(stop: int | None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(6, 5, generator=generator))
+        bias = torch.nn.Parameter(torch.zeros(6))
+        optimizer = Soap([weight, bias], refresh=4)
+        for step in range(11):
+            if step == stop:
+                kept = copy.deepcopy(optimizer.state_dict())
+                optimizer = Soap([weight, bias], refresh=4)
+                optimizer.load_state_dict(kept)
+            for parameter in (weight, bias):
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten(), bias.detach()])
+
+    assert torch.equal(run(None), run(6))
+
+
+def test_bad_arguments_are_named() -> None:
+    some = [torch.nn.Parameter(torch.zeros(2, 2))]
+    with pytest.raises(ValueError, match="refresh: expected at least 1 step, got 0"):
+        Soap(some, refresh=0)
+    with pytest.raises(ValueError, match=r"betas: expected decays from 0 to below 1, got 1\.0"):
+        Soap(some, betas=(0.9, 1.0))
