@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import pickle
+import pickletools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +151,7 @@ def _parse_idx(file: Path, stream: Any) -> np.ndarray:
     size = int(np.prod(shape, dtype=object))
     # In pieces: neither a wrong header nor a compressed file of zeros may fill the memory.
     parts, left = [], size + 1
-    while left > 0 and (part := stream.read(min(left, 1 << 22))):
+    while left > 0 and (part := stream.read(min(left, 1 << 20))):
         parts.append(part)
         left -= len(part)
     body = b"".join(parts)
@@ -227,7 +229,9 @@ def read_cifar_pickle(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndar
     if not file.is_file():
         raise InputError(f"{file}: expected a CIFAR10 batch, got no such file")
     try:
-        content = _PlainUnpickler(io.BytesIO(file.read_bytes())).load()
+        blob = file.read_bytes()
+        _check_pickle(blob)
+        content = _PlainUnpickler(io.BytesIO(blob)).load()
     except OSError as error:
         raise InputError(f"{file}: expected a CIFAR10 batch, cannot read it ({error})") from None
     except Exception as error:  # a broken pickle raises nearly anything
@@ -240,7 +244,9 @@ def read_cifar_pickle(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndar
     entries = {k.decode("latin-1") if isinstance(k, bytes) else k: v for k, v in content.items()}
     if not {"data", "labels"} <= set(entries):
         raise InputError(f"{file}: expected entries 'data' and 'labels', got {list(entries)}")
-    data, labels = entries["data"], entries["labels"]
+    data, labels = (
+        v.value if isinstance(v, _PlainArray) else v for v in (entries["data"], entries["labels"])
+    )
     if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2):
         raise InputError(f"{file}: expected 'data' as an array (n, 3072) of uint8")
     if data.shape[1] != _CIFAR_RECORD - 1 or len(data) == 0:
@@ -266,11 +272,60 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
-def _from_buffer(
-    content: bytes, dtype: np.dtype, shape: tuple[int, ...], order: Any = "C", *_: Any
-) -> np.ndarray:
+_NUMBERS = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")
+
+
+class _PlainDtype:
+    """A dtype as pickles write it: a code such as "u1", then the order of bytes. numpy's own would
+    take any state from the file, and crash on some."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        code = code.decode("latin-1") if isinstance(code, bytes) else code
+        if code not in _NUMBERS:
+            raise pickle.UnpicklingError(f"asks for an array of {code!r:.40}, expected numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        _, order, *_ = state
+        order = order.decode("latin-1") if isinstance(order, bytes) else order
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _PlainArray:
+    """An array of numbers as pickles write it: first without contents, then with them."""
+
+    value: np.ndarray = np.empty(0, np.uint8)
+
+    def __init__(self, *_: Any) -> None:
+        """The shape that is asked for here is always (0,); another one would be memory for
+        nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        self.fill(content, dtype, shape, "F" if fortran else "C")
+
+    def fill(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
+        if not isinstance(dtype, _PlainDtype) or not isinstance(content, bytes | bytearray):
+            raise pickle.UnpicklingError("an array without a dtype or without contents")
+        flat = np.frombuffer(content, dtype.dtype)
+        if math.prod(shape) != flat.size:
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {flat.size} values")
+        self.value = flat.reshape(shape, order=order)
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _PlainArray:
     """What pickles of protocol 5 call to make arrays."""
-    return np.frombuffer(content, dtype).reshape(shape, order=order)
+    array = _PlainArray()
+    array.fill(content, dtype, shape, order)
+    return array
+
+
+def _check_pickle(blob: bytes) -> None:
+    """Raises where an opcode promises more than the file holds: the unpickler believes numbers of
+    memo entries, and takes the memory for them."""
+    for opcode, argument, _ in pickletools.genops(blob):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(blob):
+            raise pickle.UnpicklingError(f"asks for {argument} memo entries")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -278,12 +333,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(stream, encoding="bytes")
-        multiarray: Any = np.array(0).__reduce__()[0]  # numpy's own function, wherever it now lives
         self._known: dict[tuple[str, str], Callable[..., Any]] = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("numpy.core.multiarray", "_reconstruct"): multiarray,
-            ("numpy._core.multiarray", "_reconstruct"): multiarray,
+            ("numpy", "ndarray"): _PlainArray,
+            ("numpy", "dtype"): _PlainDtype,
+            ("numpy.core.multiarray", "_reconstruct"): _PlainArray,
+            ("numpy._core.multiarray", "_reconstruct"): _PlainArray,
             ("numpy.core.numeric", "_frombuffer"): _from_buffer,
             ("numpy._core.numeric", "_frombuffer"): _from_buffer,
             ("_codecs", "encode"): _latin1,

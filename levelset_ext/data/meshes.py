@@ -201,8 +201,10 @@ def _parse_ascii(file: Path, body: bytes, elements: list[_Element]) -> dict[str,
     at = 0
     for element in elements:
         width = len(element.properties)
-        if not element.has_lists:
-            rows = (len(numbers) - at) // width if width else element.count
+        if width == 0:
+            result[element.name] = {}
+        elif not element.has_lists:
+            rows = (len(numbers) - at) // width
             if rows < element.count:
                 raise _TruncatedError(element, rows)
             table = numbers[at : at + element.count * width].reshape(element.count, width)
@@ -223,9 +225,12 @@ def _ascii_lists(numbers: np.ndarray, at: int, element: _Element) -> tuple[dict[
             if prop.counter is not None:
                 if at >= len(numbers):
                     raise _TruncatedError(element, row)
-                length = int(numbers[at])
+                promised = numbers[at]
                 at += 1
-            if length < 0 or at + length > len(numbers):
+                if not 0 <= promised <= len(numbers):  # also where it is no number at all
+                    raise _TruncatedError(element, row)
+                length = int(promised)
+            if at + length > len(numbers):
                 raise _TruncatedError(element, row)
             columns[prop.name].append(numbers[at : at + length].astype(prop.scalar))
             at += length
