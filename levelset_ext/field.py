@@ -119,6 +119,9 @@ def as_constant_field(fn: Field) -> Field:
                 continue
             if id(parameter) not in constants:
                 value = parameter.detach()
+                if value.is_inference():
+                    with torch.inference_mode(False):  # else autograd refuses it
+                        value = value.clone()
                 if value.dim() == 4 and value.device.type == "cpu":
                     convolves = True
                     value = value.contiguous(memory_format=torch.channels_last)

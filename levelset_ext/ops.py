@@ -216,7 +216,8 @@ def newton_update(
 
     Returns:
         The next points (n, d) and the status (n,) int8 of every row: ``RUNNING`` (moved),
-        ``CONVERGED``, ``RANK_DEFICIENT``, ``NON_FINITE`` or ``STALLED``.
+        ``CONVERGED``, ``RANK_DEFICIENT``, ``NON_FINITE`` or ``STALLED``. The point of a
+        ``NON_FINITE`` row need not be finite, nor the one it came with.
 
     Differentiable in points, values, jacobian, level and the box, to any order: the derivative of
     the step itself, with the cap where it acts; a coordinate that the box holds moves with the box.

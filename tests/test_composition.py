@@ -289,10 +289,10 @@ def test_distributed_data_parallel():
     for worker in workers:
         worker.start()
     try:
-        answers = dict(queue.get(timeout=120) for _ in workers)
+        answers = dict(queue.get(timeout=300) for _ in workers)
     finally:
         for worker in workers:
-            worker.join(timeout=30)
+            worker.join(timeout=300)
             if worker.is_alive():
                 worker.terminate()
     net = problems.mlp()

@@ -340,10 +340,10 @@ def test_data_parallel_and_fully_sharded():
     for process in workers:
         process.start()
     try:
-        answers = dict(queue.get(timeout=120) for _ in workers)
+        answers = dict(queue.get(timeout=300) for _ in workers)
     finally:
         for process in workers:
-            process.join(timeout=30)
+            process.join(timeout=300)
             if process.is_alive():
                 process.terminate()
     assert not [a["error"] for a in answers.values() if "error" in a]

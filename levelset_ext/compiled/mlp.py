@@ -13,8 +13,10 @@ and tanh, concatenation with the input, scaling by numbers, a slice or squeeze a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,10 @@ class MLP:
         self, module: nn.Module, dimension: int | None = None, mixed: bool = False
     ) -> None:
         self.mixed = mixed and _C.mlp_mixed
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]  # torch.compile wrapped it
+        if any("_orig_mod" in child._modules for child in module.modules()):
+            raise NotAnMLP("a part of it is compiled by torch.compile")
         self.module = evaluation_copy(module)
         reader = Reader(self.module, dimension)
         self.dimension, self._flat = reader.chain.dimension, reader.flat
@@ -64,6 +70,13 @@ class MLP:
         for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
             mine._buffers = dict(theirs._buffers)
         self._sources = [*self.module.parameters(), *self.module.buffers()]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MLP:
+        # What reads the parameters is bound to this module, so a copy is made anew from its own.
+        return MLP(copy.deepcopy(self.module, memo), self.dimension, self.mixed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MLP, (self.module, self.dimension, self.mixed)
 
     @classmethod
     def from_module(
@@ -101,7 +114,9 @@ class MLP:
         ):
             return
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(8, self.dimension, generator=generator, dtype=torch.float64).to(self.dtype)
+        x = torch.randn(
+            8, self.dimension, generator=generator, dtype=torch.float64, device="cpu"
+        ).to(self.dtype)
         expected = self.module(x).reshape(8, -1)
         found = self.values(x)
         scale = 1.0 + expected.abs().amax()
@@ -123,6 +138,7 @@ class MLP:
             and x.device.type == "cpu"
             and all(s.device.type == "cpu" and s.dtype == x.dtype for s in self._sources)
             and not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is None
             and not torch.is_autocast_enabled("cpu")
             and type(x) is Tensor
         )
@@ -273,8 +289,8 @@ class _Pack:
         self.tensors: tuple[Tensor, Tensor, Tensor, Tensor] = (
             packed,
             coarse,
-            torch.tensor(rows, dtype=torch.int64),
-            torch.tensor(scales, dtype=torch.float64),
+            torch.tensor(rows, dtype=torch.int64, device="cpu"),
+            torch.tensor(scales, dtype=torch.float64, device="cpu"),
         )
         for index, parts in enumerate(read):
             torch.ops.levelset_ext.mlp_pack_(*self.tensors, index, *parts)

@@ -33,6 +33,9 @@ class Tape:
     def __init__(self, parts: Sequence[tuple[Recording, Tensor | None]]) -> None:
         self._parts = list(parts)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_tape, ()  # a file or a copy has no memory of an evaluation
+
     def __len__(self) -> int:
         return sum(len(r.points) if rows is None else len(rows) for r, rows in self._parts)
 
@@ -71,6 +74,10 @@ class Tape:
     def values(self) -> Tensor:
         """F at the points, (n, l), differentiable in the parameters."""
         return _FromTape.apply(self._parts, *self._parts[0][0].mlp.weights())
+
+
+def _no_tape() -> None:
+    """What a pickled tape comes back as."""
 
 
 def _joined(parts: list[tuple[Recording, Tensor]]) -> Recording:

@@ -70,6 +70,7 @@ def margin_field(fn: Field, labels: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: margin(field(x), labels, check=False)
 
 
+@torch.compiler.disable  # it asks which rows run, and so breaks the graph anyway
 def find_boundary(
     fn: Field,
     x: Tensor,

@@ -18,6 +18,7 @@ VARIANTS = tuple(_C.bracket_variants)
 RowField = Callable[..., Tensor]
 
 
+@torch.compiler.disable  # it asks which rows run, and so breaks the graph anyway
 def false_position(
     fn: Field,
     start: Tensor,

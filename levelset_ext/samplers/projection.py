@@ -18,6 +18,7 @@ from levelset_ext.samplers.state import SamplerState, box_bounds, check_limits
 METHODS = ("newton", "gradient_descent", "lbfgs")
 
 
+@torch.compiler.disable  # it asks which rows run, and so breaks the graph anyway
 def project(
     fn: Field,
     x: Tensor,

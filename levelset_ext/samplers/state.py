@@ -75,7 +75,7 @@ class SamplerState:
     def active_points(self) -> Tensor:
         """Points of the running rows, (m, *event)."""
         points = self.points if self.all_running() else self.points[self.rows]
-        return points.view(-1, *self.event)
+        return points.view(points.shape[0], *self.event)
 
     def all_running(self) -> bool:
         return self.rows.shape[0] == self.points.shape[0]
