@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,17 +162,15 @@ def correct(network: Network, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def examples(network: Network, data: Images, loss: str, attack: Attack, seed: int) -> Tensor:
-    """The ends of PGD on a network, for black-box attacks on others, (n, c, h, w).
-
-    All rows take all steps, so these are the points at which ``attacks.evaluate`` with this network
-    as its source looks; made once, they serve for every target.
-    """
+def pgd_batches(
+    network: Network, data: Images, loss: str, attack: Attack, seed: int, **options: Any
+) -> Iterator[ls.attacks.Attacked]:
+    """``attacks.pgd`` with further options on all rows, a batch at a time. The random starts of a
+    row do not depend on the batches."""
     device = next(network.module.parameters()).device
-    parts = []
     for at in range(0, len(data), BATCH):
         x, y = data.images[at : at + BATCH], data.labels[at : at + BATCH]
-        found = ls.attacks.pgd(
+        yield ls.attacks.pgd(
             network.module,
             x.to(device),
             y.to(device),
@@ -181,11 +179,19 @@ def examples(network: Network, data: Images, loss: str, attack: Attack, seed: in
             step=attack.step,
             iters=attack.iters,
             seed=seed,
-            early_stop=False,
             rows=range(at, at + len(y)),
+            **options,
         )
-        parts.append(found.adversarial.cpu())
-    return torch.cat(parts)
+
+
+def examples(network: Network, data: Images, loss: str, attack: Attack, seed: int) -> Tensor:
+    """The ends of PGD on a network, for black-box attacks on others, (n, c, h, w).
+
+    All rows take all steps, so these are the points at which ``attacks.evaluate`` with this network
+    as its source looks; made once, they serve for every target.
+    """
+    runs = pgd_batches(network, data, loss, attack, seed, early_stop=False)
+    return torch.cat([found.adversarial.cpu() for found in runs])
 
 
 def percent(values: Tensor | Sequence[float]) -> float:

@@ -44,6 +44,7 @@ from _robustness import (
     correct,
     numbers,
     percent,
+    pgd_batches,
     plan,
     read_network,
     standing,
@@ -100,24 +101,8 @@ def first_restart(
 ) -> Tensor:
     """(n,) int64: the random start that breaks a row first, ``restarts`` where none does. A row
     leaves with it, so a run of ten starts also holds those of fewer."""
-    device = next(network.module.parameters()).device
-    parts = []
-    for at in range(0, len(data), BATCH):
-        x, y = data.images[at : at + BATCH], data.labels[at : at + BATCH]
-        found = ls.attacks.pgd(
-            network.module,
-            x.to(device),
-            y.to(device),
-            objective=loss,
-            eps=attack.eps,
-            step=attack.step,
-            iters=attack.iters,
-            restarts=restarts,
-            seed=seed,
-            rows=range(at, at + len(y)),
-        )
-        parts.append(torch.where(found.success, found.restart, restarts).cpu())
-    return torch.cat(parts)
+    runs = pgd_batches(network, data, loss, attack, seed, restarts=restarts)
+    return torch.cat([torch.where(r.success, r.restart, restarts).cpu() for r in runs])
 
 
 def linearity(network: Network, data: Images, eps: float, setting: Setting) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from levelset_ext.compiled.mlp import MLP
+from levelset_ext.compiled.mlp import MLP, in_transform
 from levelset_ext.compiled.trace import NotAnMLP
 
 _enabled = True
@@ -40,12 +40,12 @@ def compiled_field(fn: Any, x: Tensor) -> MLP | None:
     reads elsewhere, such as a global variable, is taken to stay as it is.
     """
     if isinstance(fn, MLP):
-        return fn if fn.takes(x) and not _in_transform() else None
+        return fn if fn.takes(x) else None
     if not _enabled or type(fn) is nn.Module or not isinstance(fn, nn.Module) or x.dim() != 2:
         return None
     if x.device.type != "cpu" or x.shape[1] == 0 or torch.compiler.is_compiling():
         return None
-    if _in_transform() or torch.get_default_device().type != "cpu":
+    if in_transform() or torch.get_default_device().type != "cpu":
         return None
     if isinstance(getattr(fn, "_orig_mod", None), nn.Module):
         fn = fn._orig_mod  # what torch.compile wrapped
@@ -64,17 +64,10 @@ def compiled_field(fn: Any, x: Tensor) -> MLP | None:
     return known[1] if known[1] is not None and known[1].takes(x) else None
 
 
-def _in_transform() -> bool:
-    """Whether a transform of torch.func is at work, whose tensors have no numbers to read."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _plain(module: nn.Module) -> bool:
     """Whether the compiled loop can read the numbers of a module and see when they change: tensors
-    of torch's own classes, with a version, in modules that are not inside another's wrapper."""
+    of torch's own classes, with a version."""
     for child in module.modules():
-        if "_orig_mod" in child._modules:
-            return False
         for tensor in (*child._parameters.values(), *child._buffers.values()):
             if tensor is not None and (
                 type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference()

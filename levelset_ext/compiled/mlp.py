@@ -28,6 +28,11 @@ from levelset_ext.field import evaluation_copy
 from levelset_ext.result import LevelSetResult
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work, whose tensors have no numbers to read."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class MLP:
     """A multilayer perceptron as a compiled field.
 
@@ -138,7 +143,7 @@ class MLP:
             and x.device.type == "cpu"
             and all(s.device.type == "cpu" and s.dtype == x.dtype for s in self._sources)
             and not torch.compiler.is_compiling()
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not in_transform()
             and not torch.is_autocast_enabled("cpu")
             and type(x) is Tensor
         )

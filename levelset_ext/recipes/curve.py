@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.spatial import cKDTree
-from torch import Tensor
 
 from levelset_ext._load import build_info
 from levelset_ext.data.curves import synthetic_curve
@@ -40,7 +38,7 @@ from levelset_ext.geometry.curves import Curve, CurveTrace, trace_curve
 from levelset_ext.losses import ReconstructionLoss
 from levelset_ext.networks import ImplicitMLP
 from levelset_ext.recipes.curve_start import fit_polygons
-from levelset_ext.recipes.files import load_checkpoint, write_json
+from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import clock, peak_memory_gb
 from levelset_ext.recipes.reconstruct import ReconstructConfig, Training, train_in_folder
 from levelset_ext.recipes.run_folder import begin_run
@@ -186,9 +184,6 @@ class CurveTraining(Training):
 
     config: CurveConfig
 
-    def __init__(self, cloud: Tensor, config: CurveConfig) -> None:
-        super().__init__(cloud, config)
-
     def new_network(self) -> ImplicitMLP:
         config, d = self.config, self.cloud.shape[1]
         network = ImplicitMLP(
@@ -248,19 +243,9 @@ def reconstruct_curve(
     if finished is not None:
         return finished
 
-    began = time.monotonic()
-    normal = Normalization.fit(cloud.points)
-    unit = torch.from_numpy(normal.to_unit(cloud.points).astype(np.float32)).to(device)
-    training = CurveTraining(unit, config)
-    spent = 0.0
-    if resume and (out / "checkpoint.pt").exists():
-        saved = load_checkpoint(out / "checkpoint.pt", KIND)
-        training.load(saved["training"])
-        spent = saved["seconds"]
-        say(f"going on at step {training.step} of {config.steps}")
-    history = train_in_folder(training, out, KIND, lambda: spent + time.monotonic() - began)
-    trained = spent + time.monotonic() - began
-    say(f"trained in {clock(trained)}; tracing")
+    run = train_in_folder(CurveTraining, cloud.points, out, config, KIND, device, resume, say)
+    training, normal = run.training, run.normal
+    say(f"trained in {clock(run.trained)}; tracing")
 
     trace = trace_network(training, config)
     if not len(trace):
@@ -269,9 +254,9 @@ def reconstruct_curve(
     lines = [(normal.to_input(curve.vertices), curve.edges) for curve in fine]
     write_curve(out / "curve.ply", lines)
     render_curve(out / "preview.png", cloud.points, lines)
-    metrics = _metrics(cloud, fine, lines, normal, training, history)
-    metrics["training_seconds"] = trained
-    metrics["seconds"] = spent + time.monotonic() - began
+    metrics = _metrics(cloud, fine, lines, normal, training, run.history)
+    metrics["training_seconds"] = run.trained
+    metrics["seconds"] = run.seconds()
     write_json(out / "metrics.json", metrics)
     return metrics
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -481,19 +481,9 @@ def reconstruct(
     if finished is not None:
         return finished
 
-    began = time.monotonic()
-    normal = Normalization.fit(cloud.points)
-    unit = torch.from_numpy(normal.to_unit(cloud.points).astype(np.float32)).to(device)
-    training = Training(unit, config)
-    spent = 0.0
-    if resume and (out / "checkpoint.pt").exists():
-        saved = load_checkpoint(out / "checkpoint.pt", KIND)
-        training.load(saved["training"])
-        spent = saved["seconds"]
-        say(f"going on at step {training.step} of {config.steps}")
-    history = train_in_folder(training, out, KIND, lambda: spent + time.monotonic() - began)
-    trained = spent + time.monotonic() - began
-    say(f"trained in {clock(trained)}; extracting at resolution {config.resolution}")
+    run = train_in_folder(Training, cloud.points, out, config, KIND, device, resume, say)
+    training, normal = run.training, run.normal
+    say(f"trained in {clock(run.trained)}; extracting at resolution {config.resolution}")
 
     mesh = _extract(training, normal)
     if mesh.empty:
@@ -501,13 +491,62 @@ def reconstruct(
     write_mesh(out / "mesh.ply", mesh.vertices, mesh.faces, mesh.normals)
     in_unit = replace(mesh, vertices=normal.to_unit(mesh.vertices))
     render_preview(out / "preview.png", normal.to_unit(cloud.points), in_unit, training.field)
-    metrics = _metrics(cloud, mesh, training, history, trained)
-    metrics["seconds"] = spent + time.monotonic() - began
+    metrics = _metrics(cloud, mesh, training, run.history, run.trained)
+    metrics["seconds"] = run.seconds()
     write_json(out / "metrics.json", metrics)
     return metrics
 
 
+AnyTraining = TypeVar("AnyTraining", bound=Training)
+AnyConfig = TypeVar("AnyConfig", bound=ReconstructConfig)
+
+
+@dataclass(frozen=True)
+class TrainedRun(Generic[AnyTraining]):
+    """A training in a folder after its last step.
+
+    normal: from input units to those of the training. history: the last losses. trained: seconds of
+    training, those before a kill included; seconds(): the same until now.
+    """
+
+    training: AnyTraining
+    normal: Normalization
+    history: dict[str, float]
+    trained: float
+    seconds: Callable[[], float]
+
+
 def train_in_folder(
+    make: Callable[[Tensor, AnyConfig], AnyTraining],
+    points: np.ndarray,
+    out: Path,
+    config: AnyConfig,
+    kind: str,
+    device: torch.device | str,
+    resume: bool,
+    say: Callable[[str], None],
+) -> TrainedRun[AnyTraining]:
+    """Makes the training of points (N, d) in input units, takes up its checkpoint in ``out`` with
+    ``resume``, and takes all steps that are left, with checkpoints of the given kind."""
+    began = time.monotonic()
+    normal = Normalization.fit(points)
+    unit = torch.from_numpy(normal.to_unit(points).astype(np.float32)).to(device)
+    training = make(unit, config)
+    spent = 0.0
+    if resume and (out / "checkpoint.pt").exists():
+        saved = load_checkpoint(out / "checkpoint.pt", kind)
+        training.load(saved["training"])
+        spent = saved["seconds"]
+        say(f"going on at step {training.step} of {config.steps}")
+
+    def seconds() -> float:
+        return spent + time.monotonic() - began
+
+    history = _take_steps(training, out, kind, seconds)
+    return TrainedRun(training, normal, history, seconds(), seconds)
+
+
+def _take_steps(
     training: Training, out: Path, kind: str, seconds: Callable[[], float]
 ) -> dict[str, float]:
     """All steps that are left, with checkpoints of the given kind; returns the last losses."""
