@@ -98,7 +98,7 @@ def ours(
             cloud in input units that this is a run for.
     """
     budget.start()
-    config = preset("fast", budget.steps, seed)
+    config = preset("soap", budget.steps, seed)
     # The preset's pool is made for 300 s; its nearest points would take a large part of less.
     part = budget.steps / 6000 if budget.steps else float(budget.seconds or 1) / 300
     config = replace(config, pool=max(1000, round(config.pool * min(part, 1.0))))
