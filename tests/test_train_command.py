@@ -335,14 +335,15 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     config = replace(small("cross-entropy", steps=100), objective="broken")
     training = recipe.Training(digits(), replace(config, settings={"where": where}))
     before = [parameter.clone() for parameter in training.network.parameters()]
-    for _ in range(20):
+    for _ in range(24):
         assert "objective_loss" in training.advance()  # the name "loss" is taken
-    assert training.skipped_steps == 20
+    assert training.skipped_steps == 24
+    assert len(training.guard.returns) == 4
     assert all(map(torch.equal, before, training.network.parameters()))
-    with pytest.raises(RuntimeError, match="not finite in 21 steps in a row, up to step 21"):
+    with pytest.raises(RuntimeError, match=r"diverged at step 25: .* not finite in 5 steps"):
         training.advance()
-    training.history.close(21, 7.0, 1.0, None)
-    assert training.history.rows[0]["skipped"] == 21
+    training.history.close(25, 7.0, 1.0, None)
+    assert training.history.rows[0]["skipped"] == 25
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "nesterov"])

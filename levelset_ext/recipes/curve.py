@@ -313,6 +313,7 @@ def _metrics(
         "residual": max(curve.residual for curve in curves),
         "steps": training.step,
         "skipped_steps": training.skipped_steps,
+        "divergences": training.guard.returns,
         "converged_share": training.converged_rows / training.projected_rows,
         "rank_deficient_rows": training.rank_deficient_rows,
         "peak_memory_gb": peak_memory_gb(),

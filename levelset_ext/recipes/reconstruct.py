@@ -35,6 +35,7 @@ from levelset_ext.geometry.extract import Mesh, extract_mesh
 from levelset_ext.geometry.preview import render_preview
 from levelset_ext.networks import MLP, ImplicitMLP
 from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
+from levelset_ext.recipes.guard import Guard, finite_gradient
 from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.recipes.soap import Soap
@@ -103,6 +104,7 @@ class ReconstructConfig:
     warmup: float = 0.05  # share of the steps
     warmup_steps: int = 0  # a second warm-up, so long however many steps there are
     halve_at: tuple[int, ...] = ()
+    guard: bool = True  # goes back when the run diverges, see levelset_ext.recipes.guard
     # extraction
     resolution: int = 256
     checkpoint_every: int = 250
@@ -226,6 +228,7 @@ class Training:
         # Reads the parameters of the network in place.
         self.field = MLP.from_module(self.network)
         self.optimizer = self._new_optimizer()
+        self.guard = Guard(self.network, self.optimizer, active=config.guard)
         self.disks: losses.Disks | None = None
         if config.distance == "disks":
             self.disks = losses.fit_disks(cloud, config.neighbours)
@@ -283,6 +286,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "warm": [pool.state_dict() for pool in self.warm],
+            "guard": self.guard.state(),
             "counters": {name: getattr(self, name) for name in counters},
         }
 
@@ -290,13 +294,14 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.guard.load(state["guard"])
         for pool, kept in zip(self.warm, state["warm"], strict=True):
             pool.load_state_dict(kept)
         for name, value in state["counters"].items():
             setattr(self, name, value)
 
     def learning_rate(self) -> float:
-        rate = self._scheduled_rate()
+        rate = self._scheduled_rate() * self.guard.rate
         if self.step < self.config.warmup_steps:
             rate *= (self.step + 1) / self.config.warmup_steps
         return rate
@@ -384,6 +389,7 @@ class Training:
     def advance(self) -> losses.ReconstructionLoss:
         """One step of Eq. 13."""
         config = self.config
+        self.guard.begin(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         projected, general, nearest = self.samples()
@@ -399,17 +405,28 @@ class Training:
             disks=self.disks,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        if bool(torch.isfinite(loss.total)):
+        usable = bool(torch.isfinite(loss.total))
+        if usable:
             loss.total.backward()
+            usable = finite_gradient(self.network.parameters())
+        if usable:
             self.optimizer.step()
         else:
             self.skipped_steps += 1
-        for result in projected:
-            self.converged_rows += int(result.converged.sum())
-            self.projected_rows += len(result)
+        converged = sum(int(result.converged.sum()) for result in projected)
+        rows = sum(map(len, projected))
+        self.converged_rows += converged
+        self.projected_rows += rows
         for result in (*projected, general):
             self.rank_deficient_rows += int((result.status == Status.RANK_DEFICIENT).sum())
         self.step += 1
+        self.guard.after(
+            self.step,
+            float(loss.levels.sum() + loss.cloud),  # without lambda, which grows
+            usable=usable,
+            share=converged / rows,
+            last=self.step == config.steps,
+        )
         return loss
 
 
@@ -535,6 +552,7 @@ def train_in_folder(
     normal = Normalization.fit(points)
     unit = torch.from_numpy(normal.to_unit(points).astype(np.float32)).to(device)
     training = make(unit, config)
+    training.guard.say = say
     spent = 0.0
     if resume and (out / "checkpoint.pt").exists():
         saved = load_checkpoint(out / "checkpoint.pt", kind)
@@ -559,7 +577,7 @@ def _take_steps(
     while training.step < config.steps:
         loss = training.advance()
         last = training.step == config.steps
-        if last or training.step % config.checkpoint_every == 0:
+        if last or (training.step % config.checkpoint_every == 0 and training.guard.sound()):
             save_checkpoint(
                 out / "checkpoint.pt",
                 {
@@ -621,6 +639,7 @@ def _metrics(
         "cloud_to_mesh": _cloud_distance(cloud, surface) / diagonal,
         "steps": training.step,
         "skipped_steps": training.skipped_steps,
+        "divergences": training.guard.returns,
         "converged_share": training.converged_rows / training.projected_rows,
         "rank_deficient_rows": training.rank_deficient_rows,
         "extraction": {

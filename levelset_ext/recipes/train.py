@@ -97,6 +97,7 @@ def train(
     if init is not None:
         _check_init(init, config)
     training = Training(data, config, device, init)
+    training.guard.say = say
     _try(training)
     header = {
         "kind": KIND,
@@ -226,7 +227,8 @@ def _train(training: Training, test: Images, out: Path, seconds: Callable[[], fl
                 training.step, training.epoch, seconds(), clean if epoch_ends else None
             )
         due = training.step % config.checkpoint_every == 0
-        if last or due or time.monotonic() - saved >= _SAVE_SECONDS:
+        due = (due or time.monotonic() - saved >= _SAVE_SECONDS) and training.guard.sound()
+        if last or due:
             training.history.write(out / "history.csv")
             save_checkpoint(
                 out / "checkpoint.pt",
@@ -266,6 +268,7 @@ def _metrics(training: Training, test: Images, seconds: float) -> dict[str, Any]
         "steps": training.step,
         "epochs": training.epoch,
         "skipped_steps": training.skipped_steps,
+        "divergences": training.guard.returns,
         # What the objective says of the last epoch: boundary points found, converged, and so on.
         "last_epoch": training.history.means(max(0, training.steps - training.steps_per_epoch)),
         "training_seconds": seconds,

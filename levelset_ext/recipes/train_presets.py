@@ -170,6 +170,7 @@ TUNABLE = (
     "held_out",
     "channels_last",
     "autocast",
+    "guard",
     "log_every",
     "checkpoint_every",
 )

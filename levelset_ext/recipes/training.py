@@ -18,12 +18,12 @@ from levelset_ext.field import evaluation_copy
 from levelset_ext.margin import margin
 from levelset_ext.networks import build
 from levelset_ext.objectives import OBJECTIVES, Objective, Step
+from levelset_ext.recipes.guard import Guard
 from levelset_ext.recipes.history import RESERVED, History
 from levelset_ext.recipes.settings import checked
 
 __all__ = ["TrainConfig", "Training", "accuracy", "make_objective"]
 
-_SKIPPED_IN_A_ROW = 20
 OPTIMIZERS = ("adam", "adamw", "sgd", "nesterov")
 SCHEDULES = ("cosine", "halving", "one-cycle", "constant")
 
@@ -70,6 +70,7 @@ class TrainConfig:
     channels_last: bool = True
     # Whether the objective runs under torch.autocast with bfloat16; the weights stay float32.
     autocast: bool = False
+    guard: bool = True  # goes back when the run diverges, see levelset_ext.recipes.guard
     log_every: int = 100  # steps
     checkpoint_every: int = 200  # steps, or once a minute where that is more often
 
@@ -156,6 +157,8 @@ class Training:
         self.network: nn.Module = network.train()
         self.average = copy.deepcopy(network) if config.ema else None
         self.optimizer = _optimizer(self.network, config)
+        averages = [] if self.average is None else [self.average]
+        self.guard = Guard(self.network, self.optimizer, *averages, active=config.guard)
 
         images, labels = data.images, data.labels.long()
         held = 0
@@ -177,7 +180,6 @@ class Training:
 
         self.step = 0
         self.skipped_steps = 0
-        self.skipped_in_a_row = 0
         self.order = torch.empty(0, dtype=torch.int64)  # the rows of the epoch that has begun
         self.history = History()
 
@@ -216,6 +218,7 @@ class Training:
             "order": self.order,
             "offsets": self.offsets,
             "history": self.history.state(),
+            "guard": self.guard.state(),
             "counters": {name: getattr(self, name) for name in _COUNTERS},
         }
 
@@ -229,11 +232,15 @@ class Training:
         if self.offsets is not None:
             self.offsets = state["offsets"].to(self.device)
         self.history.load(state["history"])
+        self.guard.load(state["guard"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
 
     def learning_rate(self) -> float:
         """Of the step that comes next."""
+        return self.guard.rate * self._scheduled_rate()
+
+    def _scheduled_rate(self) -> float:
         config, done = self.config, self.step / self.steps
         rising = done < config.lr_warmup
         rise = (self.step + 1) / max(1.0, config.lr_warmup * self.steps)
@@ -268,9 +275,10 @@ class Training:
         """One step; returns its figures, which also go into the history.
 
         Raises:
-            RuntimeError: more than 20 steps in a row had a loss or a gradient that is not finite.
+            RuntimeError: the run diverged, and going back to good weights has not helped.
         """
         began = time.monotonic()
+        self.guard.begin(self.step)
         x, y, rows = self.next_batch()
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
@@ -288,10 +296,8 @@ class Training:
         if usable:
             self.optimizer.step()
             self._move_average()
-            self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
-            self.skipped_in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
         if found.figures:
             values = torch.stack([v.detach().double() for v in found.figures.values()]).tolist()
@@ -301,11 +307,7 @@ class Training:
         self.history.add(
             figures, samples=len(y), seconds=time.monotonic() - began, skipped=not usable
         )
-        if self.skipped_in_a_row > _SKIPPED_IN_A_ROW:
-            raise RuntimeError(
-                f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a "
-                f"row, up to step {self.step}; a smaller lr or clip_norm may help"
-            )
+        self.guard.after(self.step, figures["loss"], usable=usable, last=self.step == self.steps)
         return figures
 
     def _objective(self, x: Tensor, y: Tensor, rows: Tensor) -> Step:
@@ -339,7 +341,7 @@ class Training:
                 mean.copy_(value)
 
 
-_COUNTERS = ("step", "skipped_steps", "skipped_in_a_row")
+_COUNTERS = ("step", "skipped_steps")
 
 
 def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

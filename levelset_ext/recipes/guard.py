@@ -1,0 +1,185 @@
+"""Notices that a training has diverged and takes it back to weights that were good."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Guard", "finite_gradient"]
+
+WINDOW = 25  # steps that are judged together
+MEMORY = 8  # windows that the recent range is made of
+ENOUGH = 4  # of them, before anything is judged
+BAD_WINDOWS = 2  # in a row make a divergence: what heals by itself is left alone
+IN_A_ROW = 5  # steps that are not finite make one too
+ANCHOR_EVERY = 100  # steps between two good states, if the training is well
+LOSS_FACTOR = 3.0
+SHARE_DROP = 0.1
+MOST = 4  # returns, then the run stops
+
+
+class Guard:
+    """Keeps the last good state of a training, and goes back to it when the training diverges.
+
+    Steps are judged in windows of 25, and a window by the range of the eight good ones before it.
+    It is bad when its median loss is three times the worst of theirs and more than half of what the
+    loss was in the first window (else a loss near 0 would diverge by noise), or when the share of
+    converged projections falls a tenth below the worst of theirs: of Eq. 13 the loss is blind to
+    most of what goes wrong, as points that do not arrive take the level they are on. Two bad
+    windows in a row, or five steps in a row that are not finite, are a divergence.
+
+    Then the weights and the optimizer are those of the last good state again, the learning rate is
+    halved for the rest of the run, and everything else (step, schedules, random numbers) goes on.
+    After four returns the run ends with an error. What is decided depends on the figures of the
+    steps alone, so a run that is resumed decides the same.
+
+    Args:
+        parts: the modules and optimizers that go back.
+        active: whether to judge at all; without, a run of steps that are not finite ends it.
+        say: where the one sentence of a return goes.
+    """
+
+    def __init__(
+        self,
+        *parts: nn.Module | torch.optim.Optimizer,
+        active: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.parts, self.active, self.say = parts, active, say
+        self.rate = 1.0  # factor of the learning rate
+        self.returns: list[dict[str, Any]] = []  # for metrics.json
+        self.in_a_row = 0
+        self._anchor: dict[str, Any] | None = None
+        self._first: float | None = None  # loss of the first window
+        self._window: list[list[float]] = []  # (loss, share) of the steps of the open window
+        self._memory: list[list[float]] = []  # (loss, share) of the last good windows
+        self._bad = 0
+
+    def begin(self, step: int) -> None:
+        """Before the first step: the starting weights are the first good state."""
+        if self.active and self._anchor is None:
+            self._keep(step)
+
+    def after(
+        self, step: int, loss: float, *, usable: bool, share: float = 1.0, last: bool = False
+    ) -> None:
+        """After every step.
+
+        Args:
+            step: how many steps are done.
+            loss: of the step, the same on every process of the run.
+            usable: whether the loss and its gradient were finite; otherwise the step was skipped.
+            share: of the step's projections that converged.
+            last: whether it was the last one.
+
+        Raises:
+            RuntimeError: the run diverged once more after the last return, or had more than 20
+                steps in a row that are not finite.
+        """
+        self.in_a_row = 0 if usable else self.in_a_row + 1
+        if not self.active:
+            if self.in_a_row > MOST * IN_A_ROW:
+                raise RuntimeError(f"{self._not_finite()}, up to step {step}")
+            return
+        reason = None
+        if self.in_a_row >= IN_A_ROW:
+            reason = self._not_finite()
+        elif last and not self.sound():
+            reason = "the weights are not finite"
+        else:
+            if usable:
+                self._window.append([loss, share])
+            if len(self._window) >= WINDOW:
+                reason = self._judge(step)
+        if reason is not None:
+            self._return(step, reason)
+
+    def sound(self) -> bool:
+        """Whether all weights are finite: others are never written."""
+        return all(
+            bool(torch.isfinite(tensor).all())
+            for part in self.parts
+            if isinstance(part, nn.Module)
+            for tensor in part.state_dict().values()
+            if tensor.is_floating_point()
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors and plain values."""
+        return {name: getattr(self, name) for name in _KEPT}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on with what :meth:`state` returned."""
+        for name in _KEPT:
+            setattr(self, name, copy.deepcopy(state[name]))
+
+    def _not_finite(self) -> str:
+        return f"the loss or its gradient was not finite in {self.in_a_row} steps in a row"
+
+    def _judge(self, step: int) -> str | None:
+        """Closes the window; a reason if it makes a divergence."""
+        loss, share = median(row[0] for row in self._window), fmean(r[1] for r in self._window)
+        self._window = []
+        if self._first is None:
+            self._first = loss
+        reason = None
+        if len(self._memory) >= ENOUGH:
+            worst, least = max(row[0] for row in self._memory), min(r[1] for r in self._memory)
+            if loss > max(LOSS_FACTOR * worst, self._first / 2):
+                reason = f"the loss rose from {worst:.3g} to {loss:.3g}"
+            elif share < least - SHARE_DROP:
+                reason = (
+                    f"the share of converged projections fell from {100 * least:.0f} % to "
+                    f"{100 * share:.0f} %"
+                )
+        if reason is not None:
+            self._bad += 1
+            return reason if self._bad >= BAD_WINDOWS else None
+        self._bad = 0
+        # Kept only where it is as good as what came before: a divergence may have begun.
+        well = not self._memory or (
+            loss <= 1.1 * max(row[0] for row in self._memory)
+            and share >= min(row[1] for row in self._memory) - SHARE_DROP / 10
+        )
+        self._memory = [*self._memory, [loss, share]][-MEMORY:]
+        assert self._anchor is not None
+        if well and step - self._anchor["step"] >= ANCHOR_EVERY and self.sound():
+            self._keep(step)
+        return None
+
+    def _keep(self, step: int) -> None:
+        parts = [copy.deepcopy(part.state_dict()) for part in self.parts]
+        self._anchor = {"step": step, "parts": parts}
+
+    def _return(self, step: int, reason: str) -> None:
+        if len(self.returns) == MOST:
+            raise RuntimeError(
+                f"diverged at step {step}: {reason}, after {MOST} returns to good weights with "
+                f"the learning rate down to {self.rate:g} of its schedule; a smaller one may help"
+            )
+        assert self._anchor is not None
+        for part, kept in zip(self.parts, self._anchor["parts"], strict=True):
+            part.load_state_dict(copy.deepcopy(kept))  # an optimizer keeps what it is given
+        self.rate /= 2
+        back = self._anchor["step"]
+        self.returns.append({"step": step, "back_to": back, "reason": reason, "rate": self.rate})
+        self._window, self._memory, self._bad, self.in_a_row = [], [], 0, 0
+        self.say(
+            f"diverged at step {step}: {reason}; going on with the weights of step {back} and "
+            f"{self.rate:g} of the learning rate"
+        )
+
+
+_KEPT = ("rate", "returns", "in_a_row", "_anchor", "_first", "_window", "_memory", "_bad")
+
+
+def finite_gradient(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the gradient of all parameters together has a finite length."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return math.isfinite(float(nn.utils.get_total_norm(gradients))) if gradients else True
