@@ -87,7 +87,7 @@ def ours(
     seed: int = 0,
     keep: tuple[Path, Cloud] | None = None,
 ) -> Surface:
-    """Eq. 13 with the preset "soap", its schedules and its pool cut to the budget.
+    """Eq. 13 with the preset "fast", its schedules and its pool cut to the budget.
 
     Args:
         cloud: (N, 3) float32 in the unit box.
@@ -98,7 +98,7 @@ def ours(
             cloud in input units that this is a run for.
     """
     budget.start()
-    config = preset("soap", budget.steps, seed)
+    config = preset("fast", budget.steps, seed)
     # The preset's pool is made for 300 s; its nearest points would take a large part of less.
     part = budget.steps / 6000 if budget.steps else float(budget.seconds or 1) / 300
     config = replace(config, pool=max(1000, round(config.pool * min(part, 1.0))))
@@ -279,7 +279,7 @@ def igr(
 
     The second mean is over points near the cloud (Gaussian, as wide as the distance to the 50th
     neighbour) and an eighth as many in the box. No normals. The network has the size of this
-    project's preset "soap" (IGR: 8 layers of 512), softplus with beta 100, the point fed to every
+    project's preset "fast" (IGR: 8 layers of 512), softplus with beta 100, the point fed to every
     layer, and starts as the distance to a sphere.
 
     Args:

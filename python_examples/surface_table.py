@@ -6,7 +6,7 @@
 SCANS is a folder of point clouds NAME.ply with the surfaces they were taken from in
 SCANS/truth/NAME.ply; without it there is one synthetic scan. Methods, all without normals given:
 
-ours       Eq. 13, preset "soap", its schedules stretched to the time
+ours       Eq. 13, preset "fast", its schedules stretched to the time
 sphere     AtlasNet, one map of a sphere
 patch      AtlasNet, one map of a square
 patches    AtlasNet, 25 maps of it

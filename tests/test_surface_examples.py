@@ -159,7 +159,7 @@ def test_ours_stretches_its_schedules_to_the_time(monkeypatch: pytest.MonkeyPatc
     made = _surfaces.ours(noisy_sphere(0.8, 500), Budget(30), resolution=24)
     assert made.steps == len(seen) >= 25
     # It rises within the second warm-up, which lasts so many steps whatever the time, and falls.
-    fast = PRESETS["soap"]
+    fast = PRESETS["fast"]
     highest = max(rate for rate, _ in seen)
     assert highest > 0.1 * fast.learning_rate * min(1, len(seen) / max(1, fast.warmup_steps))
     assert seen[-1][0] < 0.03 * highest

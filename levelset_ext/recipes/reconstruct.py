@@ -111,13 +111,11 @@ class ReconstructConfig:
 
 
 PRESETS: dict[str, ReconstructConfig] = {
-    "fast": ReconstructConfig(),
-    # Nearer to the truth on four scans, and not safe: it has diverged on the synthetic scan.
-    "soap": ReconstructConfig(
-        preset="soap",
+    # At a rate of 1e-2 the synthetic scan diverged; the guard is there for scans not tried yet.
+    "fast": ReconstructConfig(
         distance="disks",
         optimizer="soap",
-        learning_rate=1e-2,
+        learning_rate=7e-3,
         warmup_steps=100,
         pool=150_000,
     ),
