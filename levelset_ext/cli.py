@@ -18,6 +18,7 @@ from levelset_ext.bench import add_bench_command
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
+from levelset_ext.recipes.observers import add_observer_options, chosen_observers
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.train import add_train_command
 
@@ -40,12 +41,21 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 def _reconstruct(args: argparse.Namespace) -> None:
     from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
 
-    device = parse_device(args.device)
+    device, observers = parse_device(args.device), chosen_observers(args)
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
     cloud = load_cloud(args.scan, args.seed)
-    metrics = reconstruct(cloud, Path(args.out), config, device=device, resume=args.resume, say=say)
+    with observers:
+        metrics = reconstruct(
+            cloud,
+            Path(args.out),
+            config,
+            device=device,
+            resume=args.resume,
+            say=say,
+            observers=observers,
+        )
     say(
         f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
         f"{metrics['components']} component(s), "
@@ -56,12 +66,19 @@ def _reconstruct(args: argparse.Namespace) -> None:
 def _curve(args: argparse.Namespace) -> None:
     from levelset_ext.recipes.curve import curve_preset, load_curve_points, reconstruct_curve
 
-    device = parse_device(args.device)
+    device, observers = parse_device(args.device), chosen_observers(args)
     config = curve_preset(args.preset, args.steps, args.seed)
     cloud = load_curve_points(args.points, args.seed)
-    metrics = reconstruct_curve(
-        cloud, Path(args.out), config, device=device, resume=args.resume, say=say
-    )
+    with observers:
+        metrics = reconstruct_curve(
+            cloud,
+            Path(args.out),
+            config,
+            device=device,
+            resume=args.resume,
+            say=say,
+            observers=observers,
+        )
     say(
         f"{args.out}/curve.ply: {metrics['vertices']} vertices, {metrics['components']} "
         f"component(s), {'closed' if metrics['closed'] else 'open'}, length "
@@ -116,6 +133,7 @@ def _parser() -> _Parser:
     one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    add_observer_options(one, viewer=True)
     loss = one.add_argument_group(
         "Eq. 13", "lengths in units in which the longest half side is 0.9"
     )
@@ -149,6 +167,7 @@ def _parser() -> _Parser:
     one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    add_observer_options(one, viewer=True)
     one.set_defaults(run=_curve)
 
     one = commands.add_parser("compare", help="distances between two surfaces, as JSON")

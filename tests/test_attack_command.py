@@ -19,7 +19,7 @@ from levelset_ext.data.images import load_images
 from levelset_ext.networks import build
 from levelset_ext.recipes.classifiers import load_classifier, save_classifier
 
-FILES = ["adversarial.npz", "config.json", "examples.csv", "metrics.json"]
+FILES = ["adversarial.npz", "adversarial.png", "config.json", "examples.csv", "metrics.json"]
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def test_a_run_leaves_whole_files_that_attack_takes(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "step 90/90" in captured.err
-    assert sorted(path.name for path in out.iterdir()) == FILES
+    names = {path.name for path in out.iterdir()} - {"history.png"}  # which needs matplotlib
+    assert sorted(names) == FILES
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["steps"] == 90
     assert metrics["epochs"] == 15

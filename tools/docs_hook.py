@@ -1,13 +1,16 @@
-"""What mkdocs is told beyond mkdocs.yml: links that leave docs/, and the notation of docstrings.
+"""What mkdocs is told beyond mkdocs.yml: links that leave docs/, formulas, and the notation of
+docstrings.
 
 The pages under docs/ are read in two places, in the repository and on the site. A link to a file of
 the repository, such as ``../python_examples/quickstart.py``, is one only in the first; on the site
 its text stays, and the build fails if the file is not there. Docstrings are written for ``help()``:
-``:func:`name``` and a bare ``*event`` are turned into what Markdown means by them.
+``:func:`name``` and a bare ``*event`` are turned into what Markdown means by them. Formulas are
+written in TeX and become MathML, which browsers draw themselves: no script and nothing to fetch.
 """
 
 from __future__ import annotations
 
+import html
 import logging
 import posixpath
 import re
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from latex2mathml.converter import convert
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`(~?)([\w.]+)`")
@@ -40,6 +44,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"`{place}`" if text.strip("`./") == target.strip("./") else text
 
     return LINK.sub(link, markdown)
+
+
+# As pymdownx.arithmatex marks them; escaped, as they may hold < and &.
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL
+)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Called by mkdocs with the HTML of each page: formulas become MathML."""
+
+    def formula(match: re.Match[str]) -> str:
+        display = "block" if match[2] == "[" else "inline"
+        drawn = convert(html.unescape(match[3]).strip(), display=display)
+        return f'<{match[1]} class="formula">{drawn}</{match[1]}>'
+
+    return FORMULA.sub(formula, content)
 
 
 class Notation(griffe.Extension):

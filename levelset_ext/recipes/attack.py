@@ -7,6 +7,7 @@ A run with a folder can be interrupted at any moment and goes on where it was. T
     examples.csv       one line per image: label, whether it stood, what broke it, and with
                        --linearity gamma(eps, x)
     adversarial.npz    the images the attacks made
+    adversarial.png    some of them, beside what they were made from
     metrics.json       written last: a folder with it holds a finished run
 """
 
@@ -42,6 +43,7 @@ from levelset_ext.attacks.linearity import local_linearity
 from levelset_ext.attacks.report import alarms
 from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
+from levelset_ext.recipes.attack_picture import draw_attacks
 from levelset_ext.recipes.classifiers import load_classifier, load_foreign
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import plain, write_json
@@ -54,7 +56,7 @@ __all__ = ["AttackConfig", "add_attack_command", "run_attack"]
 KIND = "levelset_ext attack 1"
 # What the paper attacks with (eps, step, iterations).
 _DEFAULTS = {"cifar10": (0.031, 0.003, 20), "": (0.3, 0.01, 40)}
-_RESULTS = ("examples.csv", "adversarial.npz", "parts")
+_RESULTS = ("examples.csv", "adversarial.npz", "adversarial.png", "parts")
 _LINEARITY_STEPS = 50  # of the ascent that gamma is found by; those of the attacks may be too few
 
 
@@ -149,6 +151,7 @@ def run_attack(
             success=evaluation.success.numpy(),
         ),
     )
+    draw_attacks(out / "adversarial.png", data, evaluation)
     metrics = _metrics(model, evaluation, config, gamma)
     write_json(out / "metrics.json", metrics)
     shutil.rmtree(parts, ignore_errors=True)

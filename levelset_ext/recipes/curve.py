@@ -9,6 +9,7 @@ A run is a folder like that of ``reconstruct``, safe to kill at any moment:
 
     config.json      every setting, and which points
     checkpoint.pt    network, optimizer, random state, step
+    history.csv      losses over the steps, and history.png
     curve.ply        vertices in order and edges, in input units
     preview.png      the points, and the curve through them
     metrics.json     written last: a folder with it holds a finished run
@@ -39,8 +40,15 @@ from levelset_ext.losses import ReconstructionLoss
 from levelset_ext.networks import ImplicitMLP
 from levelset_ext.recipes.curve_start import fit_polygons
 from levelset_ext.recipes.files import write_json
+from levelset_ext.recipes.observers import Observer
 from levelset_ext.recipes.progress import clock, peak_memory_gb
-from levelset_ext.recipes.reconstruct import ReconstructConfig, Training, train_in_folder
+from levelset_ext.recipes.reconstruct import (
+    WATCHED,
+    ReconstructConfig,
+    Training,
+    train_in_folder,
+    watching,
+)
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.whole_files import write_whole
 
@@ -222,6 +230,7 @@ def reconstruct_curve(
     device: torch.device | str = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Runs, or with ``resume`` goes on with, the reconstruction of a curve in the folder ``out``.
 
@@ -233,7 +242,7 @@ def reconstruct_curve(
     finished = begin_run(
         out,
         header,
-        results=("curve.ply", "preview.png", "checkpoint.pt"),
+        results=("curve.ply", "preview.png", "checkpoint.pt", *WATCHED),
         what="a curve reconstruction",
         same="a run with the same settings",
         named="cloud",
@@ -243,7 +252,10 @@ def reconstruct_curve(
     if finished is not None:
         return finished
 
-    run = train_in_folder(CurveTraining, cloud.points, out, config, KIND, device, resume, say)
+    watch = watching(observers, say)
+    run = train_in_folder(
+        CurveTraining, cloud.points, out, config, KIND, device, resume, say, watch
+    )
     training, normal = run.training, run.normal
     say(f"trained in {clock(run.trained)}; tracing")
 
@@ -257,6 +269,7 @@ def reconstruct_curve(
     metrics = _metrics(cloud, fine, lines, normal, training, run.history)
     metrics["training_seconds"] = run.trained
     metrics["seconds"] = run.seconds()
+    watch.done({"preview": out / "preview.png"}, metrics)
     write_json(out / "metrics.json", metrics)
     return metrics
 

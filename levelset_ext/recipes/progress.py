@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+import torch
+
 
 def say(text: str) -> None:
     """A message to a person: stderr, as stdout is for results."""
@@ -24,10 +26,30 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def per_second(speed: float, what: str = "") -> str:
+    """A speed in few digits: "12.8/s", "33 k points/s", "1 in 40 s"."""
+    name = f" {what}" if what else ""
+    if 0 < speed < 0.5:
+        return f"1{name} in {1 / speed:.0f} s"
+    for size, letter in ((1e6, " M"), (1e3, " k")):
+        if speed >= 10 * size:
+            return f"{speed / size:.0f}{letter}{name}/s"
+    return f"{speed:.1f}{name}/s" if speed < 100 else f"{speed:.0f}{name}/s"
+
+
+def memory() -> str:
+    """The largest memory so far, that of the GPU too where one is in use."""
+    text = f"{peak_memory_gb():.2f} GB"
+    if torch.cuda.is_initialized():
+        text += f"  GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+    return text
+
+
 class Progress:
     """Reports at most every ``every`` seconds: in place on a terminal, as lines elsewhere.
 
     Progress never decides anything, so a slow machine and a fast one do the same work.
+    ``rate`` is what one unit of ``total`` holds, such as (2560, "points"), for a second speed.
     """
 
     def __init__(
@@ -37,7 +59,9 @@ class Progress:
         start: int = 0,
         every: float | None = None,
         stream: TextIO | None = None,
+        rate: tuple[float, str] | None = None,
     ) -> None:
+        self.rate = rate
         self.stream = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()
         self.every = every if every is not None else (0.2 if self.terminal else 10.0)
@@ -55,8 +79,10 @@ class Progress:
         speed = (done - self.first) / spent if spent > 0 else 0.0
         left = clock((self.total - done) / speed) if speed > 0 else "?"
         when = f"{clock(spent)} spent" if last else f"{left} left"
-        line = f"{self.name} {done}/{self.total}  {speed:.1f}/s  {when}"
-        line += f"  {peak_memory_gb():.2f} GB  {note}"
+        line = f"{self.name} {done}/{self.total}  {per_second(speed)}"
+        if self.rate is not None:
+            line += f"  {per_second(speed * self.rate[0], self.rate[1])}"
+        line += f"  {when}  {memory()}  {note}"
         if self.terminal:
             padded = line.ljust(self.width)
             self.width = len(line)

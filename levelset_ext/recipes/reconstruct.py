@@ -5,6 +5,7 @@ enough to go on after the process was killed at any moment:
 
     config.json      every setting, and which cloud
     checkpoint.pt    network, optimizer, random state, step
+    history.csv      losses over the steps, and history.png
     mesh.ply         the zero level set in input units
     preview.png      the cloud and the mesh
     metrics.json     written last: a folder with it holds a finished run
@@ -15,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,9 +38,12 @@ from levelset_ext.geometry.preview import render_preview
 from levelset_ext.networks import MLP, ImplicitMLP
 from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.guard import Guard, finite_gradient
-from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb
+from levelset_ext.recipes.history import HistoryPicture, HistoryTable
+from levelset_ext.recipes.observers import Observer, Observers, ProgressLine, Run
+from levelset_ext.recipes.progress import clock, peak_memory_gb
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.recipes.soap import Soap
+from levelset_ext.recipes.tensorboard import FOLDER as TENSORBOARD_FOLDER
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers import SamplePool, level_points, project
 
@@ -467,6 +472,7 @@ def reconstruct(
     device: torch.device | str = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Runs, or with ``resume`` goes on with, a reconstruction in the folder ``out``.
 
@@ -478,6 +484,8 @@ def reconstruct(
         resume: continue the run in ``out``; afresh if there is none, nothing to do if it is
             finished.
         say: where messages go; progress goes to stderr.
+        observers: who else watches, see :mod:`levelset_ext.recipes.observers`; the caller
+            closes them.
 
     Returns:
         The contents of metrics.json.
@@ -489,7 +497,7 @@ def reconstruct(
     finished = begin_run(
         out,
         header,
-        results=("mesh.ply", "preview.png", "checkpoint.pt"),
+        results=("mesh.ply", "preview.png", "checkpoint.pt", *WATCHED),
         what="a reconstruction",
         same="a run with the same settings",
         named="cloud",
@@ -499,7 +507,8 @@ def reconstruct(
     if finished is not None:
         return finished
 
-    run = train_in_folder(Training, cloud.points, out, config, KIND, device, resume, say)
+    watch = watching(observers, say)
+    run = train_in_folder(Training, cloud.points, out, config, KIND, device, resume, say, watch)
     training, normal = run.training, run.normal
     say(f"trained in {clock(run.trained)}; extracting at resolution {config.resolution}")
 
@@ -511,8 +520,17 @@ def reconstruct(
     render_preview(out / "preview.png", normal.to_unit(cloud.points), in_unit, training.field)
     metrics = _metrics(cloud, mesh, training, run.history, run.trained)
     metrics["seconds"] = run.seconds()
+    watch.done({"preview": out / "preview.png"}, metrics)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+WATCHED = ("history.csv", "history.png", TENSORBOARD_FOLDER)  # what watching leaves in a folder
+
+
+def watching(observers: Sequence[Observer], say: Callable[[str], None]) -> Observers:
+    """The sinks that every run has, and some more."""
+    return Observers([ProgressLine(), HistoryTable(), HistoryPicture(), *observers], say)
 
 
 AnyTraining = TypeVar("AnyTraining", bound=Training)
@@ -543,6 +561,7 @@ def train_in_folder(
     device: torch.device | str,
     resume: bool,
     say: Callable[[str], None],
+    watch: Observers,
 ) -> TrainedRun[AnyTraining]:
     """Makes the training of points (N, d) in input units, takes up its checkpoint in ``out`` with
     ``resume``, and takes all steps that are left, with checkpoints of the given kind."""
@@ -561,21 +580,33 @@ def train_in_folder(
     def seconds() -> float:
         return spent + time.monotonic() - began
 
-    history = _take_steps(training, out, kind, seconds)
+    points_of_a_step = config.projected + config.general + config.cloud_points
+    watch.begin(
+        Run(
+            out,
+            config.steps,
+            training.step,
+            asdict(config),
+            training,
+            (points_of_a_step, "points"),
+        )
+    )
+    history = _take_steps(training, out, kind, seconds, watch)
     return TrainedRun(training, normal, history, seconds(), seconds)
 
 
 def _take_steps(
-    training: Training, out: Path, kind: str, seconds: Callable[[], float]
+    training: Training, out: Path, kind: str, seconds: Callable[[], float], watch: Observers
 ) -> dict[str, float]:
     """All steps that are left, with checkpoints of the given kind; returns the last losses."""
     config = training.config
-    progress = Progress("step", config.steps, training.step)
     recent: dict[str, float] = {}
     while training.step < config.steps:
         loss = training.advance()
         last = training.step == config.steps
-        if last or (training.step % config.checkpoint_every == 0 and training.guard.sound()):
+        due = training.step % config.checkpoint_every == 0 and training.guard.sound()
+        saved = last or due
+        if saved:
             save_checkpoint(
                 out / "checkpoint.pt",
                 {
@@ -585,22 +616,38 @@ def _take_steps(
                     "training": training.state(),
                 },
             )
-        if last or progress.due():
-            recent = {
-                "loss": float(loss.total.detach()),
-                "loss_projected": float(loss.levels[:-1].sum()),
-                "loss_other_levels": float(loss.levels[-1]),
-                "loss_cloud": float(loss.cloud),
-            }
-            share = training.converged_rows / training.projected_rows
-            note = (
-                f"loss {recent['loss']:.5f} = {recent['loss_projected']:.5f} (projected) + "
-                f"{recent['loss_other_levels']:.5f} (others) + {training.lam():.2f} x "
-                f"{recent['loss_cloud']:.5f} (cloud)  converged {100 * share:.1f} %  "
-                f"zero gradient {training.rank_deficient_rows}"
-            )
-            progress.report(training.step, note, last)
+        if last:
+            recent = _terms(loss)
+        watch.after_step(training.step, partial(_look, training, loss), last=last, saved=saved)
     return recent
+
+
+def _terms(loss: losses.ReconstructionLoss) -> dict[str, float]:
+    return {
+        "loss": float(loss.total.detach()),
+        "loss_projected": float(loss.levels[:-1].sum()),
+        "loss_other_levels": float(loss.levels[-1]),
+        "loss_cloud": float(loss.cloud),
+    }
+
+
+def _look(training: Training, loss: losses.ReconstructionLoss) -> tuple[dict[str, float], str]:
+    """The figures of the step that was taken last, and the same for a person."""
+    figures = {
+        **_terms(loss),
+        "lam": training.lam(),
+        "lr": training.optimizer.param_groups[0]["lr"],
+        "converged_share": training.converged_rows / training.projected_rows,
+        "zero_gradient": float(training.rank_deficient_rows),
+        "skipped": float(training.skipped_steps),
+    }
+    note = (
+        f"loss {figures['loss']:.5f} = {figures['loss_projected']:.5f} (projected) + "
+        f"{figures['loss_other_levels']:.5f} (others) + {figures['lam']:.2f} x "
+        f"{figures['loss_cloud']:.5f} (cloud)  converged {100 * figures['converged_share']:.1f} %  "
+        f"zero gradient {training.rank_deficient_rows}"
+    )
+    return figures, note
 
 
 def _extract(training: Training, normal: Normalization) -> Mesh:

@@ -5,7 +5,7 @@ enough to go on after the process was killed at any moment:
 
     config.json      every setting, and which images
     checkpoint.pt    the classifier, as ``levelset-ext attack`` takes it, and the state of the run
-    history.csv      one row for every so many steps
+    history.csv      one row for every so many steps, and history.png
     metrics.json     written last: a folder with it holds a finished run
 """
 
@@ -15,8 +15,9 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,19 @@ from levelset_ext.recipes.classifiers import KIND as CLASSIFIER_KIND
 from levelset_ext.recipes.classifiers import classifier_state, load_classifier
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
-from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb, say
+from levelset_ext.recipes.history import HistoryPicture
+from levelset_ext.recipes.observers import (
+    Observer,
+    Observers,
+    ProgressLine,
+    Run,
+    add_observer_options,
+    chosen_observers,
+)
+from levelset_ext.recipes.progress import clock, peak_memory_gb, say
 from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.recipes.settings import parse_settings
+from levelset_ext.recipes.tensorboard import FOLDER as TENSORBOARD_FOLDER
 from levelset_ext.recipes.train_presets import PRESETS, preset
 from levelset_ext.recipes.training import (
     TrainConfig,
@@ -68,6 +79,7 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Trains, or with ``resume`` goes on training, in the folder ``out``.
 
@@ -80,6 +92,8 @@ def train(
         device: where to train.
         resume: go on with the run in ``out``; afresh if there is none, nothing to do if finished.
         say: where messages go; progress goes to stderr.
+        observers: who else watches, see :mod:`levelset_ext.recipes.observers`; the caller
+            closes them.
 
     Returns:
         The contents of metrics.json.
@@ -111,7 +125,7 @@ def train(
     finished = begin_run(
         out,
         header,
-        results=("history.csv", "checkpoint.pt"),
+        results=("history.csv", "history.png", "checkpoint.pt", TENSORBOARD_FOLDER),
         what="a training",
         same="the run of the same images and settings",
         resume=resume,
@@ -125,9 +139,22 @@ def train(
         spent = _load(training, out / "checkpoint.pt")
         say(f"going on at step {training.step} of {training.steps}")
     began = time.monotonic()
-    _train(training, test, out, lambda: spent + time.monotonic() - began)
+    watch = Observers([ProgressLine(), HistoryPicture(), *observers], say)
+    per_step = len(training.labels) / training.steps_per_epoch
+    watch.begin(
+        Run(
+            out,
+            training.steps,
+            training.step,
+            plain_config(config),
+            training,
+            (per_step, "images"),
+        )
+    )
+    _train(training, test, out, lambda: spent + time.monotonic() - began, watch)
     seconds = spent + time.monotonic() - began
     metrics = _metrics(training, test, seconds)
+    watch.done({}, metrics)
     write_json(out / "metrics.json", metrics)
     return metrics
 
@@ -210,10 +237,11 @@ def _load(training: Training, path: Path) -> float:
     return float(saved["seconds"])
 
 
-def _train(training: Training, test: Images, out: Path, seconds: Callable[[], float]) -> None:
+def _train(
+    training: Training, test: Images, out: Path, seconds: Callable[[], float], watch: Observers
+) -> None:
     config, per_epoch = training.config, training.steps_per_epoch
     watched = training.held_out or test
-    progress = Progress("step", training.steps, training.step)
     clean: float | None = None
     saved = time.monotonic()
     while training.step < training.steps:
@@ -228,7 +256,8 @@ def _train(training: Training, test: Images, out: Path, seconds: Callable[[], fl
             )
         due = training.step % config.checkpoint_every == 0
         due = (due or time.monotonic() - saved >= _SAVE_SECONDS) and training.guard.sound()
-        if last or due:
+        saving = last or due
+        if saving:
             training.history.write(out / "history.csv")
             save_checkpoint(
                 out / "checkpoint.pt",
@@ -240,8 +269,17 @@ def _train(training: Training, test: Images, out: Path, seconds: Callable[[], fl
                 },
             )
             saved = time.monotonic()
-        if last or progress.due():
-            progress.report(training.step, _note(training, figures, clean), last)
+        watch.after_step(
+            training.step, partial(_look, training, figures, clean), last=last, saved=saving
+        )
+
+
+def _look(
+    training: Training, figures: dict[str, float], clean: float | None
+) -> tuple[dict[str, float], str]:
+    """What observers are shown of a step: its figures and the last accuracy."""
+    seen = figures if clean is None else {**figures, "clean_accuracy": clean}
+    return seen, _note(training, figures, clean)
 
 
 def _note(training: Training, figures: dict[str, float], clean: float | None) -> str:
@@ -333,6 +371,7 @@ def add_train_command(commands: Any) -> None:
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     one.add_argument("--threads", type=int, metavar="N", help="of the CPU; they change last digits")
     one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    add_observer_options(one, viewer=False)
     one.set_defaults(run=_command)
 
 
@@ -346,6 +385,7 @@ def _command(args: argparse.Namespace) -> None:
         raise InputError(
             f"objective: expected one of {', '.join(OBJECTIVES)}, got {args.objective!r}"
         )
+    observers = chosen_observers(args)
     init = None if args.init is None else load_classifier(args.init)
     if init is not None and (args.network is not None or args.network_options is not None):
         raise InputError("init: expected it without --network and --network-options, got both")
@@ -377,16 +417,18 @@ def _command(args: argparse.Namespace) -> None:
         augment=args.augment,
         settings=parse_settings(args.set),
     )
-    metrics = train(
-        data,
-        test,
-        Path(args.out),
-        config,
-        init=init,
-        device=device,
-        resume=args.resume,
-        say=say,
-    )
+    with observers:
+        metrics = train(
+            data,
+            test,
+            Path(args.out),
+            config,
+            init=init,
+            device=device,
+            resume=args.resume,
+            say=say,
+            observers=observers,
+        )
     say(
         f"{args.out}/checkpoint.pt: clean accuracy {100 * metrics['clean_accuracy']:.2f} % of "
         f"{metrics['test_rows']}, trained in {clock(metrics['training_seconds'])}"
