@@ -20,17 +20,17 @@ import io
 import math
 import os
 import pickle
-import pickletools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from levelset_ext.data.plain_pickle import load_plain
 from levelset_ext.errors import InputError
 
 __all__ = [
@@ -230,8 +230,7 @@ def read_cifar_pickle(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndar
         raise InputError(f"{file}: expected a CIFAR10 batch, got no such file")
     try:
         blob = file.read_bytes()
-        _check_pickle(blob)
-        content = _PlainUnpickler(io.BytesIO(blob)).load()
+        content = load_plain(io.BytesIO(blob), _KNOWN)
     except OSError as error:
         raise InputError(f"{file}: expected a CIFAR10 batch, cannot read it ({error})") from None
     except Exception as error:  # a broken pickle raises nearly anything
@@ -320,34 +319,15 @@ def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any
     return array
 
 
-def _check_pickle(blob: bytes) -> None:
-    """Raises where an opcode promises more than the file holds: the unpickler believes numbers of
-    memo entries, and takes the memory for them."""
-    for opcode, argument, _ in pickletools.genops(blob):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(blob):
-            raise pickle.UnpicklingError(f"asks for {argument} memo entries")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Byte strings, numbers, containers and numpy arrays; asking for anything else is an error."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__(stream, encoding="bytes")
-        self._known: dict[tuple[str, str], Callable[..., Any]] = {
-            ("numpy", "ndarray"): _PlainArray,
-            ("numpy", "dtype"): _PlainDtype,
-            ("numpy.core.multiarray", "_reconstruct"): _PlainArray,
-            ("numpy._core.multiarray", "_reconstruct"): _PlainArray,
-            ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-            ("numpy._core.numeric", "_frombuffer"): _from_buffer,
-            ("_codecs", "encode"): _latin1,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._known[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which is refused") from None
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _PlainArray,
+    ("numpy", "dtype"): _PlainDtype,
+    ("numpy.core.multiarray", "_reconstruct"): _PlainArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PlainArray,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("_codecs", "encode"): _latin1,
+}
 
 
 def _cifar_images(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from levelset_ext.data.torch_files import read_torch_file
 from levelset_ext.errors import InputError
 from levelset_ext.networks import build
 from levelset_ext.recipes.files import load_checkpoint, save_checkpoint
@@ -128,11 +129,7 @@ def load_foreign(
 
 
 def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file makes torch.load raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file}: expected weights, cannot read them ({reason})") from None
+    content = read_torch_file(file, "weights")
     for key in ("state", "state_dict", "model_state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

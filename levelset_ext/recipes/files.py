@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from levelset_ext.data.torch_files import read_torch_file
 from levelset_ext.errors import InputError
 from levelset_ext.whole_files import write_whole
 
@@ -44,15 +45,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
-    """A checkpoint of the given kind. Only tensors and plain values are unpickled, no code."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file makes torch.load raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: expected a {kind} checkpoint, cannot read it ({reason})"
-        ) from None
-    if not isinstance(state, dict) or state.get("kind") != kind:
+    """A checkpoint of the given kind. Only tensors and plain values are unpickled, no code, and
+    what a file promises has to be in it, see :mod:`levelset_ext.data.torch_files`."""
+    state = read_torch_file(path, f"a {kind} checkpoint")
+    named = state.get("kind") if isinstance(state, dict) else None
+    if not isinstance(named, str) or named != kind:
         raise InputError(f"{path}: expected a {kind} checkpoint, got another file")
     return state
 

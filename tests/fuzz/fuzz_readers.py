@@ -341,7 +341,7 @@ def work(job: driver.Job, journal: driver.Journal) -> tuple[int, int, list[dict[
     accepted = 0
     failures: list[dict[str, Any]] = []
     kinds: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=driver.SCRATCH) as folder:
         path = Path(folder) / f"case{suffix}"
         for content in files:  # what a reader imports when it is first used
             path.write_bytes(content)
