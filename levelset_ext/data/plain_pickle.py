@@ -7,7 +7,7 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 __all__ = ["load_plain"]
 
@@ -40,7 +40,7 @@ def load_plain(
     largest = 0
     # Walks all opcodes first: a length that goes beyond the end of the stream raises here, before
     # the unpickler takes the memory for it.
-    for opcode, argument, _ in pickletools.genops(_Bounded(stream)):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(stream))):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             largest = max(largest, int(argument or 0))
     end = stream.tell()

@@ -21,6 +21,8 @@ import struct
 import sys
 import tempfile
 import tracemalloc
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import driver
 import numpy as np
 import torch
+from torch import nn
 
 from levelset_ext.data import read_mesh, read_points
 from levelset_ext.data.images import read_cifar_binary, read_cifar_pickle, read_idx
@@ -132,7 +135,10 @@ def _saved(content: Any, zipped: bool = True) -> bytes:
 
 def _checkpoints() -> list[bytes]:
     state = {"kind": "fuzz", "state": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, "n": 3}
+    whole = torch.arange(12.0)
+    views = OrderedDict(a=whole[2:8].view(2, 3).mT, b=whole.half(), c=nn.Parameter(torch.ones(1)))
     return [
+        _saved({"kind": "fuzz", "net": views, "step": torch.tensor(3), "size": whole.shape}),
         _saved(state),
         _saved(state, zipped=False),
         _saved({**state, "trap": _Trap()}),
@@ -260,14 +266,30 @@ def mutated(source: bytes, others: list[bytes], draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def case_bytes(name: str, seed: int, number: int) -> bytes:
-    """The file of a case, to look at one that failed."""
-    files = FORMATS[name][2]()
+def repacked(source: bytes, draw: random.Random) -> bytes:
+    """A zip file of torch's with another pickle inside, and all sums right: mutations of the whole
+    are found out by their checksum."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(source)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                content = mutated(content, [content], draw)
+            new.writestr(zipfile.ZipInfo(name), content)
+    return out.getvalue()
+
+
+def case_bytes(name: str, seed: int, number: int, files: list[bytes] | None = None) -> bytes:
+    """The file of a case."""
+    files = FORMATS[name][2]() if files is None else files
     draw = random.Random(f"{seed} {name} {number}")
-    return mutated(draw.choice(files), files, draw)
+    source = draw.choice(files)
+    if source.startswith(b"PK") and draw.random() < 0.5:
+        return repacked(source, draw)
+    return mutated(source, files, draw)
 
 
-# --- the worker -----------------------------------------------------------------------------------
+# --- one reading ----------------------------------------------------------------------------------
 
 _FORBIDDEN = {
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.mkdir", "os.remove", "os.rename",
@@ -330,11 +352,19 @@ def read_once(
     return accepted, wrong
 
 
+def prepare() -> None:
+    """What a process needs before it reads: no code that the files bring, no endless readers."""
+    sys.addaudithook(_audit)
+    signal.signal(signal.SIGALRM, _late)
+    np.seterr(all="ignore")
+
+
+# --- the worker -----------------------------------------------------------------------------------
+
+
 def work(job: driver.Job, journal: driver.Journal) -> tuple[int, int, list[dict[str, Any]]]:
     if not getattr(work, "ready", False):
-        sys.addaudithook(_audit)
-        signal.signal(signal.SIGALRM, _late)
-        np.seterr(all="ignore")
+        prepare()
         work.ready = True  # type: ignore[attr-defined]
     suffix, reader, make = FORMATS[job.target]
     files = make()
@@ -349,8 +379,7 @@ def work(job: driver.Job, journal: driver.Journal) -> tuple[int, int, list[dict[
         _limit_memory()
         for number in range(job.first, job.first + job.cases):
             journal.note(number)
-            draw = random.Random(f"{job.seed} {job.target} {number}")
-            content = mutated(draw.choice(files), files, draw)
+            content = case_bytes(job.target, job.seed, number, files)
             path.write_bytes(content)
             took, wrong = read_once(reader, path, len(content), number % TRACED == 0)
             accepted += took
