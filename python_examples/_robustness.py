@@ -16,7 +16,7 @@ import levelset_ext as ls
 from levelset_ext.data.images import Images
 from levelset_ext.errors import InputError
 from levelset_ext.margin import margin
-from levelset_ext.recipes.classifiers import KIND, load_classifier
+from levelset_ext.recipes.classifiers import KIND, fast_order, load_classifier
 from levelset_ext.recipes.files import load_checkpoint
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.train import train
@@ -83,12 +83,20 @@ def numbers(name: str, text: str, kind: Callable[[str], Any], low: float, high: 
 
 @dataclass(frozen=True)
 class Network:
-    """A network to attack: what it is called, and what is known of its training."""
+    """A network to attack: what it is called, and what is known of its training.
+
+    minutes: of its training; on a CPU those of the processor, which other work on the machine does
+    not change, where the training has written them down.
+    """
 
     name: str
     module: nn.Module
     objective: str
     minutes: float | None
+
+
+def module_device(module: nn.Module) -> str:
+    return next(module.parameters()).device.type
 
 
 def train_network(
@@ -97,16 +105,21 @@ def train_network(
     """Trains in the folder ``out``, or goes on there, as ``levelset-ext train`` does."""
     say(f"{name}: {config.objective} in {out}")
     metrics = train(data, test, out, config, device=device, resume=resume, say=say)
-    module = load_classifier(out / "checkpoint.pt", device)
-    return Network(name, module, config.objective, float(metrics["training_seconds"]) / 60)
+    module = fast_order(load_classifier(out / "checkpoint.pt", device))
+    seconds = metrics["training_seconds"]
+    if module_device(module) == "cpu":
+        seconds = metrics.get("cpu_seconds", seconds)
+    return Network(name, module, config.objective, float(seconds) / 60)
 
 
 def read_network(name: str, path: Path, device: Any) -> Network:
     """The network of a checkpoint, or of the folder of a training."""
     file = path / "checkpoint.pt" if path.is_dir() else path
-    module = load_classifier(file, device)
+    module = fast_order(load_classifier(file, device))
     content = load_checkpoint(file, KIND)
     settings, seconds = content.get("settings"), content.get("seconds")
+    if module_device(module) == "cpu":
+        seconds = content.get("cpu_seconds", seconds)
     objective = settings.get("objective", "") if isinstance(settings, Mapping) else ""
     minutes = float(seconds) / 60 if isinstance(seconds, int | float) else None
     return Network(name, module, str(objective), minutes)

@@ -44,7 +44,7 @@ from levelset_ext.attacks.report import alarms
 from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack_picture import draw_attacks
-from levelset_ext.recipes.classifiers import load_classifier, load_foreign
+from levelset_ext.recipes.classifiers import fast_order, load_classifier, load_foreign
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import plain, write_json
 from levelset_ext.recipes.progress import Progress, say
@@ -502,7 +502,7 @@ def _network(
         got = "neither" if checkpoint is None else "both"
         raise InputError(f"model: expected {what}, got {got}")
     if checkpoint is not None:
-        return load_classifier(checkpoint, device)
+        return fast_order(load_classifier(checkpoint, device))
     assert factory is not None
     if factory is not args.model:
         return load_foreign(factory, args.source_weights, None, device)

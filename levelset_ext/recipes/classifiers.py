@@ -24,6 +24,7 @@ from levelset_ext.recipes.files import load_checkpoint, save_checkpoint
 __all__ = [
     "KIND",
     "classifier_state",
+    "fast_order",
     "load_classifier",
     "load_foreign",
     "save_classifier",
@@ -79,6 +80,14 @@ def load_classifier(path: str | os.PathLike[str], device: torch.device | str = "
         raise InputError(f"{file}: expected a network of this version ({error})") from None
     _load_state(network, state, file)
     return network.to(device).eval()
+
+
+def fast_order(network: nn.Module) -> nn.Module:
+    """A network of this package with its weights in the order in which convolutions on a CPU are
+    fastest: an attack on ConvNet-4a takes two thirds of the time. On a GPU nothing changes."""
+    if next(network.parameters()).device.type == "cpu":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def load_foreign(

@@ -134,11 +134,10 @@ def train(
     if finished is not None:
         return finished
 
-    spent = 0.0
+    spent = _Spent()
     if resume and (out / "checkpoint.pt").exists():
         spent = _load(training, out / "checkpoint.pt")
         say(f"going on at step {training.step} of {training.steps}")
-    began = time.monotonic()
     watch = Observers([ProgressLine(), HistoryPicture(), *observers], say)
     per_step = len(training.labels) / training.steps_per_epoch
     watch.begin(
@@ -151,12 +150,25 @@ def train(
             (per_step, "images"),
         )
     )
-    _train(training, test, out, lambda: spent + time.monotonic() - began, watch)
-    seconds = spent + time.monotonic() - began
-    metrics = _metrics(training, test, seconds)
+    _train(training, test, out, spent, watch)
+    metrics = _metrics(training, test, spent.seconds(), spent.cpu_seconds())
     watch.done({}, metrics)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+class _Spent:
+    """Time since it was made, on the wall and on the processor, and what earlier processes took."""
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
+        self._before = (seconds - time.monotonic(), cpu_seconds - time.process_time())
+
+    def seconds(self) -> float:
+        return self._before[0] + time.monotonic()
+
+    def cpu_seconds(self) -> float:
+        """Of all threads of the process together."""
+        return self._before[1] + time.process_time()
 
 
 def _check_images(name: str, data: Images, config: TrainConfig) -> None:
@@ -224,8 +236,8 @@ def _try(training: Training) -> None:
         raise InputError(f"{training.config.objective}: {error}") from None
 
 
-def _load(training: Training, path: Path) -> float:
-    """Brings the training to where its checkpoint is; returns the seconds that took."""
+def _load(training: Training, path: Path) -> _Spent:
+    """Brings the training to where its checkpoint is; returns the time that took."""
     saved = load_checkpoint(path, CLASSIFIER_KIND)
     if "training" not in saved or "seconds" not in saved:
         raise InputError(f"{path}: expected the checkpoint of a training, got a classifier alone")
@@ -234,12 +246,10 @@ def _load(training: Training, path: Path) -> float:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
-    return float(saved["seconds"])
+    return _Spent(float(saved["seconds"]), float(saved.get("cpu_seconds", "nan")))
 
 
-def _train(
-    training: Training, test: Images, out: Path, seconds: Callable[[], float], watch: Observers
-) -> None:
+def _train(training: Training, test: Images, out: Path, spent: _Spent, watch: Observers) -> None:
     config, per_epoch = training.config, training.steps_per_epoch
     watched = training.held_out or test
     clean: float | None = None
@@ -252,7 +262,7 @@ def _train(
             clean = accuracy(training.result, watched, training.device)
         if epoch_ends or training.step % config.log_every == 0:
             training.history.close(
-                training.step, training.epoch, seconds(), clean if epoch_ends else None
+                training.step, training.epoch, spent.seconds(), clean if epoch_ends else None
             )
         due = training.step % config.checkpoint_every == 0
         due = (due or time.monotonic() - saved >= _SAVE_SECONDS) and training.guard.sound()
@@ -265,7 +275,8 @@ def _train(
                     **classifier_state(training.result),
                     "settings": plain_config(config),
                     "training": training.state(),
-                    "seconds": seconds(),
+                    "seconds": spent.seconds(),
+                    "cpu_seconds": spent.cpu_seconds(),
                 },
             )
             saved = time.monotonic()
@@ -293,7 +304,9 @@ def _note(training: Training, figures: dict[str, float], clean: float | None) ->
     return note
 
 
-def _metrics(training: Training, test: Images, seconds: float) -> dict[str, Any]:
+def _metrics(
+    training: Training, test: Images, seconds: float, cpu_seconds: float
+) -> dict[str, Any]:
     network, device = training.result, training.device
     seen = training.steps / training.steps_per_epoch * len(training.labels)
     metrics: dict[str, Any] = {
@@ -310,6 +323,7 @@ def _metrics(training: Training, test: Images, seconds: float) -> dict[str, Any]
         # What the objective says of the last epoch: boundary points found, converged, and so on.
         "last_epoch": training.history.means(max(0, training.steps - training.steps_per_epoch)),
         "training_seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "samples_per_second": seen / max(seconds, 1e-9),
         "peak_memory_gb": peak_memory_gb(),
         "device": device.type,
