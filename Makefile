@@ -88,6 +88,14 @@ docs: build/setup.stamp            ## the documentation site, build/site/index.h
 wheel: build/setup.stamp           ## source distribution and wheel in dist/, tried in an environment of their own
 	$(PYTHON) tools/build_wheel.py
 
+.PHONY: results results-full
+RESULTS_DATA = $(foreach name,MNIST CIFAR SCANS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
+results: build                     ## docs/results.md and what it lacks; MNIST=DIR SCANS=DIR, ONLY=NAME
+	$(PYTHON) -m tools.results run $(RESULTS_DATA)
+
+results-full: build                ## the same in the paper's settings, for a GPU; also CIFAR=DIR
+	$(PYTHON) -m tools.results run --full $(RESULTS_DATA)
+
 soak: build                        ## long fuzzing of ops and file readers; CASES=... of each
 	-$(PYTHON) tests/fuzz/fuzz_ops.py --cases $(CASES) --out benchmarks/results/soak.json
 	$(PYTHON) tests/fuzz/fuzz_readers.py --cases $$((10 * $(CASES))) --out benchmarks/results/soak.json

@@ -73,7 +73,9 @@ def same_state(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(
-            same_state(a[k], b[k]) for k in a if k not in ("seconds", "cpu_seconds", "samples_per_second", "open")
+            same_state(a[k], b[k])
+            for k in a
+            if k not in ("seconds", "cpu_seconds", "samples_per_second", "open")
         )
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same_state, a, b))

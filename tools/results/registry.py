@@ -1,0 +1,620 @@
+"""Every result of the page: where its numbers come from and what makes them.
+
+Commands are shell words. Before they run, ``$MNIST``, ``$CIFAR`` and ``$SCANS`` become the folders
+that the runner was given, ``$OUT`` the result's own work folder, ``$WORK`` the folder of all work
+folders, ``python`` and ``levelset-ext`` this interpreter and this checkout's command.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["IMAGES", "RESULTS", "ROOT", "Result", "Step", "by_name", "find"]
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = "benchmarks/results"
+IMAGES = "docs/images"
+DATA = ("MNIST", "CIFAR", "SCANS")  # what a command can need and the project does not ship
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    command: shell words, see above.
+    keep: file under $OUT that it leaves -> where in the repository it goes.
+    printed: file under $OUT that takes what it prints.
+    """
+
+    command: str
+    keep: Mapping[str, str] = field(default_factory=dict)
+    printed: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A part of the page.
+
+    name: for --only.
+    title: heading on the page.
+    paper: what of the paper, its supplementary, the authors' response or a review it answers.
+    steps: the run that a CPU can do. Empty where the files were collected by hand.
+    minutes: of one CPU core that they take, about.
+    files: under benchmarks/results, that the page reads.
+    seeds: of the run.
+    full: the paper's setting, for a GPU; its files stand in benchmarks/results/full.
+    full_minutes: of a GPU, a guess where nobody has run it.
+    """
+
+    name: str
+    title: str
+    paper: str
+    files: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+    minutes: float = 0.0
+    seeds: str = "0"
+    full: tuple[Step, ...] = ()
+    full_minutes: float = 0.0
+
+    def chosen(self, full: bool) -> tuple[Step, ...]:
+        return self.full if full else self.steps
+
+    def needs(self, full: bool = False) -> tuple[str, ...]:
+        """The data that its commands take, names of DATA."""
+        text = " ".join(step.command for step in self.chosen(full))
+        return tuple(name for name in DATA if re.search(rf"\${name}\b", text))
+
+    def kept(self, full: bool = False) -> Iterator[str]:
+        """The files of the repository that its commands write."""
+        for step in self.chosen(full):
+            yield from step.keep.values()
+
+
+def _example(name: str, options: str, **keep: str) -> Step:
+    """A script of python_examples; FILE__csv=... names a kept file, as a dot is no identifier."""
+    words = f"python python_examples/{name}.py --out $OUT {options}".strip()
+    if "--resume" not in words:
+        words += " --resume"
+    return Step(words, {key.replace("__", "."): path for key, path in keep.items()})
+
+
+def _data(name: str) -> str:
+    return f"{FILES}/{name}"
+
+
+def _full(name: str) -> str:
+    return f"{FILES}/full/{name}"
+
+
+def _image(name: str) -> str:
+    return f"{IMAGES}/{name}"
+
+
+_SCANS = ("fandisk", "homer", "rocker-arm", "stanford-bunny")
+_OTHERS = ("trades", "mma", "llr", "large-margin", "standard")  # the presets of ours and Madry are
+# made for short trainings already; these get what makes them fast, too
+_EQUAL_MNIST = " ".join(
+    [
+        "--data $MNIST --rows 200 --methods ours,madry,trades,mma,llr,large-margin,standard",
+        "--set ours.epochs=2.24 --set madry.epochs=0.97 --set trades.epochs=0.81",
+        "--set mma.epochs=0.85 --set llr.epochs=0.71 --set large-margin.epochs=1.73",
+        "--set standard.epochs=8",
+        *(f"--set {name}.autocast=true --set {name}.ema=0.998" for name in _OTHERS),
+        *(f"--set {name}.lr=0.002" for name in _OTHERS[:4]),
+        *(f"--set {name}.warmup=0.4" for name in _OTHERS[:3]),
+    ]
+)
+_EQUAL_DIGITS = (
+    "--methods ours,madry,trades,mma,llr,large-margin,standard --autoattack "
+    "--set ours.epochs=115 --set madry.epochs=85 --set trades.epochs=85 --set mma.epochs=65 "
+    "--set llr.epochs=95 --set large-margin.epochs=110 --set standard.epochs=660"
+)
+_LONG = "$WORK/robust_mnist"
+_MULTI = "levelset-ext attack {run}/checkpoint.pt --data $MNIST --attack {attack} --limit {limit}"
+
+
+def _attack(run: str, attack: str, limit: int, file: str, batch: int = 50) -> Step:
+    name = file.rsplit("/", 1)[-1]
+    words = _MULTI.format(run=run, attack=attack, limit=limit)
+    words += f" --batch {batch} --out $OUT/{name.removesuffix('.json')} --resume"
+    return Step(words, {name: _data(file)}, printed=name)
+
+
+# Nothing of the others is left before AutoAttack's turn comes.
+_ATTACKED = ("ours", "madry", "trades", "mma", "llr")
+_BENCH = ("newton", "false-position", "train-step", "nearest", "ops")
+
+RESULTS: tuple[Result, ...] = (
+    # --- surfaces and curves ---------------------------------------------------------------
+    Result(
+        "reconstruct_fast",
+        "Four raw scans, the whole preset",
+        "Table 2, Figure 3 (surfaces)",
+        ("reconstruct_fast.json",),
+        (
+            Step(
+                "python benchmarks/reconstruct_scans.py $SCANS --preset fast --work $OUT "
+                "--json $OUT/reconstruct_fast.json",
+                {"reconstruct_fast.json": _data("reconstruct_fast.json")},
+            ),
+        ),
+        minutes=13,
+        full=(
+            Step(
+                "python benchmarks/reconstruct_scans.py $SCANS --preset paper --device cuda "
+                "--work $OUT --json $OUT/reconstruct_paper.json",
+                {"reconstruct_paper.json": _full("reconstruct_paper.json")},
+            ),
+        ),
+        full_minutes=600,
+    ),
+    Result(
+        "reconstruct_soap",
+        "The same with the preset soap",
+        "Table 2, beyond it",
+        ("reconstruct_soap.json",),
+        (
+            Step(
+                "python benchmarks/reconstruct_scans.py $SCANS --preset soap --work $OUT "
+                "--json $OUT/reconstruct_soap.json",
+                {"reconstruct_soap.json": _data("reconstruct_soap.json")},
+            ),
+        ),
+        minutes=15,
+    ),
+    Result(
+        "surface_table",
+        "Against other methods, in the same time",
+        "Table 2 (AtlasNet), with IGR and screened Poisson",
+        ("surface_table.json",),
+        (
+            _example(
+                "surface_table",
+                "$SCANS --seconds 90",
+                surface_table__json=_data("surface_table.json"),
+                surface_table__png=_image("surface_table.png"),
+            ),
+        ),
+        minutes=40,
+        full=(
+            _example(
+                "surface_table",
+                "$SCANS --seconds 900",
+                surface_table__json=_full("surface_table.json"),
+            ),
+        ),
+        full_minutes=400,
+    ),
+    Result(
+        "surface_ablation",
+        "What each part of the recipe is worth",
+        "no counterpart",
+        ("surface_ablation.json",),
+    ),
+    Result(
+        "figure_a2",
+        "Is F a distance?",
+        "Figure A2",
+        ("figure_a2_bands.csv", "figure_a2_spacing.csv", "figure_a2.json"),
+        (
+            _example(
+                "figure_a2_levels",
+                "--run $WORK/surface_table/runs/homer --scan $SCANS/homer.ply "
+                "--truth $SCANS/truth/homer.ply",
+                figure_a2_bands__csv=_data("figure_a2_bands.csv"),
+                figure_a2_spacing__csv=_data("figure_a2_spacing.csv"),
+                figure_a2__json=_data("figure_a2.json"),
+                figure_a2_levels__png=_image("figure_a2_levels.png"),
+            ),
+        ),
+        minutes=2,
+    ),
+    Result(
+        "curves",
+        "Ten curves",
+        "Figure 3 (f, g), supplementary 2.4",
+        ("curve_fast.json",),
+        (
+            Step(
+                "python benchmarks/curve_accuracy.py --out $OUT/curve_fast.json",
+                {"curve_fast.json": _data("curve_fast.json")},
+            ),
+        ),
+        minutes=5,
+        seeds="0 to 9",
+    ),
+    Result(
+        "figure3",
+        "The three clouds of Figure 3",
+        "Figure 3 (f, g)",
+        ("figure3_curves.csv",),
+        (
+            _example(
+                "figure3_curves",
+                "--seed 2",
+                curves__csv=_data("figure3_curves.csv"),
+                curves__png=_image("figure3_curves.png"),
+            ),
+        ),
+        minutes=2,
+        seeds="2",
+    ),
+    # --- robustness ------------------------------------------------------------------------
+    Result(
+        "robust_mnist",
+        "MNIST, 51 minutes of one core each",
+        "Table 1 (MNIST)",
+        ("robust_mnist.json",),
+        (
+            Step("levelset-ext train robust --data $MNIST --out $OUT/ours --resume"),
+            Step("levelset-ext train madry --data $MNIST --out $OUT/madry --resume"),
+            *(
+                Step(
+                    f"levelset-ext attack $OUT/{name}/checkpoint.pt --data $MNIST --limit {rows} "
+                    f"--attack {attack} --batch {batch} --out $OUT/{name}-{short} --resume"
+                )
+                for name in ("ours", "madry")
+                for attack, short, rows, batch in (
+                    ("pgd-margin,pgd-xent", "pgd", 1000, 250),
+                    ("autoattack", "autoattack", 500, 125),
+                )
+            ),
+            Step(
+                "python benchmarks/collect_robust.py $OUT ours madry --json $OUT/robust_mnist.json "
+                "--history $OUT/robust_mnist_history.csv",
+                {
+                    "robust_mnist.json": _data("robust_mnist.json"),
+                    "robust_mnist_history.csv": _data("robust_mnist_history.csv"),
+                },
+            ),
+        ),
+        minutes=170,
+        full=(
+            _example(
+                "table1_robustness",
+                "--data $MNIST --preset paper --device cuda --autoattack",
+                table1__json=_full("table1_mnist.json"),
+            ),
+        ),
+        full_minutes=3000,
+    ),
+    Result(
+        "multi_targeted",
+        "The multi-targeted attack",
+        "no counterpart in the paper; LLR's evaluation",
+        ("multi_targeted_ours.json", "multi_targeted_madry.json"),
+        tuple(
+            _attack(f"{_LONG}/{name}", "multi-targeted", 200, f"multi_targeted_{name}.json", 200)
+            for name in ("ours", "madry")
+        ),
+        minutes=4,
+    ),
+    Result(
+        "transfer_mnist",
+        "Black box: all against all",
+        "Table A3, the authors' response",
+        ("table1_mnist.json",),
+        (
+            _example(
+                "table1_robustness",
+                f"--data $MNIST --methods none --checkpoint ours={_LONG}/ours --checkpoint "
+                f"madry={_LONG}/madry --rows 500 --no-multi-targeted",
+                table1__json=_data("table1_mnist.json"),
+            ),
+        ),
+        minutes=5,
+    ),
+    Result(
+        "equal_digits",
+        "Seven ways to train, in the same time: digits",
+        "Table 1, with MMA, LLR and Elsayed et al. beside it",
+        ("equal_digits.json",),
+        (
+            _example(
+                "table1_robustness",
+                _EQUAL_DIGITS,
+                table1__json=_data("equal_digits.json"),
+                robustness__png=_image("equal_digits.png"),
+                transfer__png=_image("transfer_digits.png"),
+            ),
+        ),
+        minutes=15,
+    ),
+    Result(
+        "equal_mnist",
+        "Seven ways to train, four minutes of one core each: MNIST",
+        "Table 1 (MNIST)",
+        ("equal_mnist.json",),
+        (
+            _example(
+                "table1_robustness", _EQUAL_MNIST, table1__json=_data("equal_mnist.json")
+            ),
+        ),
+        minutes=40,
+    ),
+    Result(
+        "equal_mnist_autoattack",
+        "... and AutoAttack on them",
+        "no counterpart in the paper",
+        tuple(f"equal_mnist_autoattack_{name}.json" for name in _ATTACKED),
+        tuple(
+            _attack(
+                f"$WORK/equal_mnist/train/{name}",
+                "autoattack",
+                100,
+                f"equal_mnist_autoattack_{name}.json",
+            )
+            for name in _ATTACKED
+        ),
+        minutes=25,
+    ),
+    Result(
+        "cifar10",
+        "CIFAR10",
+        "Table 1 (CIFAR10, two networks), Table A4",
+        ("full/table1_cifar10.json", "full/table1_cifar10_resnet.json"),
+        full=(
+            Step(
+                "python python_examples/table1_robustness.py --out $OUT/convnet --data $CIFAR "
+                "--preset paper --device cuda --autoattack --resume",
+                {"convnet/table1.json": _full("table1_cifar10.json")},
+            ),
+            Step(
+                "python python_examples/table1_robustness.py --out $OUT/resnet --data $CIFAR "
+                "--network resnet-18 --set ours.lr=0.0001 --set ours.lam_correct=4 "
+                "--preset paper --device cuda --autoattack --resume",
+                {"resnet/table1.json": _full("table1_cifar10_resnet.json")},
+            ),
+        ),
+        full_minutes=6000,
+    ),
+    Result(
+        "distances",
+        "How far test images are from the boundary",
+        "the authors' response (inset histogram)",
+        ("distance_mnist.csv", "distance_digits.csv"),
+        (
+            Step(
+                "python python_examples/distance_histogram.py --out $OUT/digits --resume",
+                {
+                    "digits/summary.csv": _data("distance_digits.csv"),
+                    "digits/distances.png": _image("distance_histogram.png"),
+                },
+            ),
+            Step(
+                "python python_examples/distance_histogram.py --out $OUT/mnist --data $MNIST "
+                f"--rows 500 {_LONG}/ours/checkpoint.pt {_LONG}/madry/checkpoint.pt --resume",
+                {"mnist/summary.csv": _data("distance_mnist.csv")},
+            ),
+        ),
+        minutes=4,
+    ),
+    Result(
+        "convergence",
+        "How many rows reach the boundary",
+        "the authors' response (80-90 % early, 20-30 % late)",
+        ("robust_mnist_history.csv", "convergence_newton.csv"),
+        (
+            _example(
+                "convergence_share",
+                f"{_LONG}/ours --data $MNIST",
+                newton__csv=_data("convergence_newton.csv"),
+                history__png=_image("convergence_mnist.png"),
+            ),
+        ),
+        minutes=2,
+    ),
+    Result(
+        "train_step",
+        "What a step of robust training costs",
+        "the authors' response (x 8, x 2)",
+        ("train_step.json",),
+        (
+            Step(
+                f"python benchmarks/train_step.py --data $MNIST --checkpoint {_LONG}/ours/"
+                "checkpoint.pt --json $OUT/train_step.json",
+                {"train_step.json": _data("train_step.json")},
+            ),
+        ),
+        minutes=3,
+    ),
+    Result(
+        "attack_strength",
+        "Does a stronger attack break more?",
+        "no counterpart; a check that every robust accuracy needs",
+        ("attack_strength.csv",),
+        (
+            _example(
+                "attack_strength",
+                f"--data $MNIST --rows 100 {_LONG}/ours {_LONG}/madry",
+                summary__csv=_data("attack_strength.csv"),
+                strength__png=_image("attack_strength.png"),
+            ),
+        ),
+        minutes=12,
+    ),
+    # --- few images, and the plane ------------------------------------------------------------
+    Result(
+        "figure2",
+        "Training on few images",
+        "Figure 2, Table A2",
+        ("figure2_digits.csv", "figure2_mnist.csv"),
+        (
+            Step(
+                "python python_examples/figure2_fractions.py --out $OUT/digits --fractions "
+                "0.02,0.05,0.1 --seeds 10 --trial-seeds 2 --candidates 2 --resume",
+                {
+                    "digits/accuracy.csv": _data("figure2_digits.csv"),
+                    "digits/accuracy.png": _image("figure2_digits.png"),
+                },
+            ),
+            Step(
+                "python python_examples/figure2_fractions.py --out $OUT/mnist --data $MNIST "
+                "--network convnet-2a --fractions 0.001 --seeds 5 --trial-seeds 1 --epochs 100 "
+                "--test-rows 2000 --candidates 2 --warm 0.25 --resume",
+                {"mnist/accuracy.csv": _data("figure2_mnist.csv")},
+            ),
+        ),
+        minutes=40,
+        seeds="0 to 9 (digits), 0 to 4 (MNIST)",
+        full=(
+            _example(
+                "figure2_fractions",
+                "--data $MNIST --seeds 100 --device cuda",
+                accuracy__csv=_full("figure2_mnist.csv"),
+            ),
+        ),
+        full_minutes=2000,
+    ),
+    Result(
+        "figure1",
+        "Four boundaries through 16 points",
+        "Figure 1",
+        ("figure1_margins.csv",),
+        (
+            _example(
+                "figure1_boundaries",
+                "--quick --sets 3",
+                margins__csv=_data("figure1_margins.csv"),
+                boundaries__png=_image("figure1_boundaries.png"),
+            ),
+        ),
+        minutes=6,
+        full=(
+            _example("figure1_boundaries", "", margins__csv=_full("figure1_margins.csv")),
+        ),
+        full_minutes=60,
+    ),
+    Result(
+        "figure_a1",
+        "How well samples cover a level set",
+        "Figure A1, the authors' response",
+        ("coverage_summary.csv", "coverage_networks.csv", "coverage_cost.csv"),
+        (
+            _example(
+                "figure_a1_coverage",
+                "",
+                summary__csv=_data("coverage_summary.csv"),
+                coverage__csv=_data("coverage_networks.csv"),
+                cost__csv=_data("coverage_cost.csv"),
+                coverage__png=_image("figure_a1.png"),
+            ),
+        ),
+        minutes=3,
+    ),
+    Result(
+        "newton",
+        "Newton's method against others, and what is left of F",
+        "the review: gradient descent and L-BFGS on the clock, what is left of F, sample images",
+        ("newton_residuals.csv", "newton_methods.csv"),
+        (
+            _example(
+                "newton_questions",
+                "--quick --rows 100 --data $MNIST",
+                residuals__csv=_data("newton_residuals.csv"),
+                methods__csv=_data("newton_methods.csv"),
+                residuals__png=_image("newton_residuals.png"),
+                methods__png=_image("newton_methods.png"),
+                images__png=_image("newton_images.png"),
+            ),
+        ),
+        minutes=2,
+    ),
+    # --- beyond the paper -----------------------------------------------------------------------
+    Result(
+        "hidden_margin",
+        "Level sets inside the network",
+        "the conclusion's future work",
+        ("hidden_margin.json", "hidden_margin.csv"),
+        (
+            _example(
+                "hidden_margin",
+                "",
+                hidden__json=_data("hidden_margin.json"),
+                hidden__csv=_data("hidden_margin.csv"),
+                hidden__png=_image("hidden.png"),
+            ),
+        ),
+        minutes=3,
+        seeds="0 to 4",
+    ),
+    Result(
+        "fit_depth",
+        "A shape from pictures",
+        "no counterpart",
+        ("fit_depth.json",),
+        (
+            _example(
+                "fit_depth", "", fit__json=_data("fit_depth.json"), fit__png=_image("depth.png")
+            ),
+        ),
+        minutes=15,
+    ),
+    Result(
+        "move_vertex",
+        "A vertex moved to a target",
+        "no counterpart",
+        ("move_vertex.json",),
+        (
+            _example(
+                "move_vertex",
+                "",
+                vertex__json=_data("move_vertex.json"),
+                vertex__png=_image("vertex.png"),
+            ),
+        ),
+        minutes=2,
+    ),
+    # --- speed ------------------------------------------------------------------------------------
+    Result(
+        "bench",
+        "Against other ways to do the same",
+        "no counterpart",
+        tuple(f"bench/{name}.csv" for name in _BENCH),
+        (
+            Step(
+                "levelset-ext bench all --out $OUT",
+                {
+                    f"{name}.{kind}": _data(f"bench/{name}.{kind}")
+                    for name in _BENCH
+                    for kind in ("csv", "json", "png")
+                },
+            ),
+        ),
+        minutes=15,
+    ),
+    Result(
+        "attack_throughput",
+        "What an attack costs",
+        "no counterpart",
+        ("attack_throughput.json",),
+        (
+            Step(
+                "python benchmarks/attack_throughput.py --rows 500",
+                {"printed.json": _data("attack_throughput.json")},
+                printed="printed.json",
+            ),
+        ),
+        minutes=3,
+    ),
+    Result(
+        "warm_pool",
+        "Keeping samples from step to step",
+        "no counterpart",
+        ("warm_pool.json",),
+    ),
+)  # fmt: skip
+
+
+def by_name() -> dict[str, Result]:
+    return {result.name: result for result in RESULTS}
+
+
+def find(name: str) -> Result:
+    known = by_name()
+    if name not in known:
+        raise ValueError(f"only: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]

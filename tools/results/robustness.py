@@ -1,0 +1,421 @@
+"""The page's parts on classifiers that keep their distance."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from typing import Any
+
+from tools.results import published
+from tools.results.registry import ROOT
+from tools.results.tables import (
+    NOT_RUN,
+    Book,
+    bold_best,
+    fixed,
+    interval,
+    number,
+    percent,
+    seconds,
+    small,
+    table,
+    with_interval,
+)
+
+NAMES = {
+    "ours": "ours (Eq. 12)",
+    "madry": "Madry",
+    "trades": "TRADES",
+    "mma": "MMA",
+    "llr": "LLR",
+    "large-margin": "Elsayed et al.",
+    "standard": "standard",
+}
+WHITE = ("xent", "margin", "multi_targeted", "autoattack")
+COLUMNS = {
+    "xent": "PGD Xent",
+    "margin": "PGD margin",
+    "multi_targeted": "multi-targeted",
+    "autoattack": "AutoAttack",
+    "black_box": "black box, lowest",
+    "worst": "worst",
+}
+
+
+def _table1() -> Any:
+    """The script of Table 1, which has the paper's figures."""
+    folder = str(ROOT / "python_examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("table1_robustness")
+
+
+def published_table1(data: str, network: str) -> str:
+    known = _table1().PUBLISHED[data, network]
+    return table(
+        ["published", "clean", "PGD Xent", "PGD margin"],
+        [
+            [name.replace("Ours", "the paper's"), *(f"{value:.2f}" for value in values)]
+            for name, values in known.items()
+        ],
+    )
+
+
+def published_transfer(data: str, network: str) -> str:
+    script = _table1()
+    parts = []
+    for loss, matrix in script.PUBLISHED_TRANSFER[data, network].items():
+        rows = [
+            [name.replace("Ours", "the paper's"), *(f"{value:.2f}" for value in values)]
+            for name, values in matrix.items()
+        ]
+        sources = [name.replace("Ours", "the paper's") for name in script.SOURCES]
+        parts.append(f"Published, {_loss(loss)}; rows are attacked, columns make the attack:\n")
+        parts.append(table(["attacked", *sources], rows) + "\n")
+    return "\n".join(parts)
+
+
+def _loss(name: str) -> str:
+    return "PGD on cross entropy" if name == "xent" else "PGD on the margin"
+
+
+def robust_mnist(book: Book) -> str:
+    found = book.files.json("robust_mnist.json")
+    lines = [published_table1("mnist", "convnet-4a"), ""]
+    if found is None:
+        return "\n".join([*lines, f"Ours: {NOT_RUN}."])
+    runs = found["runs"]
+    rows = []
+    for name, run in runs.items():
+        training, pgd, strong = run["training"], run["pgd"], run["autoattack"]
+        minutes = training.get("cpu_seconds", training["training_seconds"]) / 60
+        many = book.files.json(f"multi_targeted_{name}.json")
+        rows.append(
+            [
+                NAMES[name],
+                fixed(0)(training["epochs"]),
+                fixed(1)(minutes),
+                percent(training["clean_accuracy"], 2),
+                with_interval(100 * pgd["attacks"][0]["robust_accuracy_after"], pgd["rows"]),
+                with_interval(100 * pgd["robust_accuracy"], pgd["rows"]),
+                "-" if many is None else with_interval(100 * many["robust_accuracy"], many["rows"]),
+                with_interval(100 * strong["robust_accuracy"], strong["rows"]),
+                fixed(2)(100 * strong["robust_accuracy"] / minutes),
+            ]
+        )
+    some = runs["ours"]
+    many = book.files.json("multi_targeted_ours.json")
+    head = [
+        "network", "epochs", "min", "clean", f"PGD margin, {some['pgd']['rows']} rows",
+        "worst of margin and Xent",
+        "multi-targeted" + (f", {many['rows']} rows" if many else ""),
+        f"AutoAttack, {some['autoattack']['rows']} rows", "AutoAttack per training minute",
+    ]  # fmt: skip
+    lines += [
+        "Measured, percent of the first test images, in brackets the 95 % interval that so many "
+        "images allow; " + found.get("machine", "see the table of runs") + ":",
+        "",
+        table(head, rows),
+        "",
+        "AutoAttack's public table for MNIST, eps 0.3, all 10 000 images: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in published.AUTOATTACK_MNIST.items())
+        + ".",
+    ]
+    ours, madry = runs["ours"], runs["madry"]
+    rows_aa = ours["autoattack"]["rows"]
+    own = 100 * ours["autoattack"]["robust_accuracy"]
+    low, high = interval(own / 100, rows_aa)
+    book.compare(
+        f"MNIST, 51 min: AutoAttack, {rows_aa} rows", own,
+        {"Madry, same time": 100 * madry["autoattack"]["robust_accuracy"]}, fixed(1), low=False,
+        near=50 * (high - low),
+    )  # fmt: skip
+    book.compare(
+        "MNIST: AutoAttack, best published", own, published.AUTOATTACK_MNIST, fixed(1), low=False
+    )
+    book.compare(
+        "MNIST: AutoAttack, TRADES published", own,
+        {"TRADES": published.AUTOATTACK_MNIST["TRADES"]}, fixed(1), low=False,
+    )  # fmt: skip
+    for what, key in (("worst of PGD margin and Xent", "robust_accuracy"),):
+        rows_pgd = ours["pgd"]["rows"]
+        a, b = interval(ours["pgd"][key], rows_pgd)
+        book.compare(
+            f"MNIST, 51 min: {what}, {rows_pgd} rows", 100 * ours["pgd"][key],
+            {"Madry, same time": 100 * madry["pgd"][key]}, fixed(1), low=False, near=50 * (b - a),
+        )  # fmt: skip
+    clean = {"Madry, same time": 100 * madry["training"]["clean_accuracy"]}
+    book.compare(
+        "MNIST, 51 min: clean", 100 * ours["training"]["clean_accuracy"], clean, fixed(2), low=False
+    )
+    paper = _table1().PUBLISHED["mnist", "convnet-4a"]["Ours (0.4)"]
+    book.compare(
+        "MNIST: PGD margin against the paper's own figure",
+        100 * ours["pgd"]["attacks"][0]["robust_accuracy_after"],
+        {"the paper, 200 epochs on a GPU": paper[2]}, fixed(1), low=False,
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
+def equal(book: Book, name: str, what: str) -> str:
+    found = book.files.json(f"{name}.json")
+    if found is None:
+        return NOT_RUN
+    rows_count = found["settings"]["rows"] if what != "digits" else 360
+    rows_of = {row["network"]: dict(row) for row in found["table1"]}
+    rows_aa = rows_count
+    for network, row in rows_of.items():
+        strong = book.files.json(f"{name}_autoattack_{network}.json")
+        if strong is not None:
+            row["autoattack"], rows_aa = 100 * strong["robust_accuracy"], strong["rows"]
+    order = [n for n in NAMES if n in rows_of]
+    shown = [c for c in COLUMNS if any(math.isfinite(number(rows_of[n][c])) for n in order)]
+    columns = {c: bold_best([number(rows_of[n][c]) for n in order], fixed(1), False) for c in shown}
+    clean = bold_best([number(rows_of[n]["clean"]) for n in order], fixed(1), False)
+    rows = []
+    for k, network in enumerate(order):
+        row = rows_of[network]
+        minutes = number(row["minutes"])
+        strongest = _strongest(row)
+        rows.append(
+            [
+                NAMES[network],
+                fixed(2)(minutes),
+                clean[k],
+                *(columns[c][k] for c in shown),
+                fixed(1)(strongest / minutes),
+            ]
+        )
+    head = ["network", "min", "clean", *(COLUMNS[c] for c in shown), "strongest attack per min"]
+    if "autoattack" in shown and rows_aa != rows_count:
+        head[3 + shown.index("autoattack")] += f", {rows_aa} rows"
+    ours = rows_of["ours"]
+    for column in ("clean", *(c for c in ("margin", "multi_targeted", "autoattack") if c in shown)):
+        count = rows_aa if column == "autoattack" else rows_count
+        own = number(ours[column])
+        if not math.isfinite(own):
+            continue
+        low, high = interval(own / 100, count)
+        book.compare(
+            f"{what}, equal time: {COLUMNS.get(column, column)}, {count} rows", own,
+            {NAMES[n]: number(rows_of[n][column]) for n in order if n != "ours"}, fixed(1),
+            low=False, near=50 * (high - low),
+        )  # fmt: skip
+    low, high = interval(0.9, rows_count)
+    missing = [NAMES[n] for n in NAMES if n not in rows_of]
+    attack = found["settings"]["attack"]
+    text = [
+        f"Percent of {rows_count} test images; attacks with eps {attack['eps']:g}, PGD with "
+        f"{attack['iters']} steps of {attack['step']:g}. At 90 % so many images leave a 95 % "
+        f"interval of {100 * low:.1f} to {100 * high:.1f}, so what is nearer than that is not told "
+        "apart. Minutes are processor time of the training.",
+        "",
+        table(head, rows),
+    ]
+    if missing:
+        text += ["", "Not run in this setting: " + ", ".join(missing) + "."]
+    return "\n".join(text)
+
+
+def _strongest(row: dict[str, Any]) -> float:
+    known = [number(row[c]) for c in ("autoattack", "multi_targeted", "margin")]
+    return next(value for value in known if math.isfinite(value))
+
+
+def autoattack_parts(book: Book) -> str:
+    rows = []
+    for name in NAMES:
+        found = book.files.json(f"equal_mnist_autoattack_{name}.json")
+        if found is None:
+            continue
+        rows.append(
+            [
+                NAMES[name],
+                str(found["rows"]),
+                percent(found["clean_accuracy"]),
+                with_interval(100 * found["robust_accuracy"], found["rows"]),
+                seconds(found["seconds"]),
+            ]
+        )
+    if not rows:
+        return NOT_RUN
+    return table(["network", "rows", "clean", "AutoAttack", "time of the attack"], rows)
+
+
+def transfer(book: Book) -> str:
+    lines = []
+    for file, what in (("table1_mnist.json", "MNIST, 51 min"), ("equal_digits.json", "digits")):
+        found = book.files.json(file)
+        if found is None:
+            lines += [f"{what}: {NOT_RUN}.", ""]
+            continue
+        names = [n for n in NAMES if any(row["attacked"] == n for row in found["transfer"])]
+        pairs = {
+            (row["loss"], row["attacked"], row["source"]): number(row["accuracy"])
+            for row in found["transfer"]
+        }
+        lines += [
+            f"**{what}**, margin (ddb) / cross entropy, percent of "
+            f"{found['settings']['rows'] if what != 'digits' else 360} images; rows are attacked, "
+            "columns make the attack, the diagonal is white box:",
+            "",
+        ]
+        rows = []
+        for target in names:
+            cells = [
+                f"{pairs['margin', target, source]:.1f} / {pairs['xent', target, source]:.1f}"
+                for source in names
+            ]
+            lowest = [
+                min(pairs[loss, target, source] for source in names) for loss in ("margin", "xent")
+            ]
+            rows.append([NAMES[target], *cells, f"{lowest[0]:.1f} / {lowest[1]:.1f}"])
+        lines += [table(["attacked", *(NAMES[n] for n in names), "minimum"], rows), ""]
+    lines += [
+        "The authors' response gives the minimum column for MNIST (ddb / Xent; of the paper's own "
+        "row the text is not certain): "
+        + ", ".join(f"{n} {a:.1f} / {b:.1f}" for n, (a, b) in published.RESPONSE_WORST.items())
+        + ".",
+        "",
+        published_transfer("mnist", "convnet-4a"),
+    ]
+    return "\n".join(lines)
+
+
+def cifar10(book: Book) -> str:
+    lines = []
+    for network, file in (
+        ("convnet-4b", "full/table1_cifar10.json"),
+        ("resnet-18", "full/table1_cifar10_resnet.json"),
+    ):
+        found = book.files.json(file)
+        ours = f"**{network}**, ours: {NOT_RUN}, it takes a GPU for days."
+        if found is not None:
+            shown = ("clean", "xent", "margin", "multi_targeted", "autoattack")
+            rows = [
+                [NAMES[row["network"]], *(fixed(2)(number(row[c])) for c in shown)]
+                for row in found["table1"]
+            ]
+            ours = table([network, *shown], rows)
+        lines += [ours, "", published_table1("cifar10", network), ""]
+    lines += [
+        "AutoAttack's public table, ResNet-18, eps 0.031: "
+        + ", ".join(f"{name} {value}" for name, value in published.AUTOATTACK_CIFAR.items())
+        + ".",
+        "",
+        published_transfer("cifar10", "convnet-4b"),
+    ]
+    return "\n".join(lines)
+
+
+def distances(book: Book) -> str:
+    rows = []
+    for what, file in (("digits", "distance_digits.csv"), ("MNIST", "distance_mnist.csv")):
+        found = book.files.csv(file)
+        if found is None:
+            rows.append([what, NOT_RUN, *["-"] * 7])
+            continue
+        for row in found:
+            rows.append(
+                [
+                    what,
+                    row["network"],
+                    row["images"],
+                    percent(number(row["accuracy"])),
+                    percent(number(row["converged_share"])),
+                    *(fixed(3)(number(row[q])) for q in ("q10", "q25", "median", "q75")),
+                ]
+            )
+    head = [
+        "images", "network", "rows", "clean", "converged, %", "10 %", "25 %", "median", "75 %",
+    ]  # fmt: skip
+    return (
+        table(head, rows, left=2)
+        + "\n\nL_inf distances from test images to the point that Newton's method finds on the "
+        "boundary of their label; negative for a wrong image. An upper bound of the distance."
+    )
+
+
+def convergence(book: Book) -> str:
+    history, newton = (
+        book.files.csv("robust_mnist_history.csv"),
+        book.files.csv("convergence_newton.csv"),
+    )
+    lines = [f"Published: of ten Newton steps, {published.RESPONSE_CONVERGED}.", ""]
+    if history is not None:
+        rows = []
+        own = [row for row in history if row["run"] == "ours"]
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            row = own[round(share * (len(own) - 1))]
+            rows.append(
+                [
+                    fixed(1)(number(row["epoch"])),
+                    percent(number(row["crossed"])),
+                    percent(number(row["converged"])),
+                    percent(number(row["accuracy"])),
+                ]
+            )
+        lowest = min(number(row["converged"]) for row in own)
+        lines += [
+            "Measured, our robust training on MNIST: of a batch, the share that the attack carries "
+            "over the boundary, and of those the share whose search met its tolerance (lowest of "
+            f"the whole run {percent(lowest)} %):",
+            "",
+            table(["epoch", "crossed, %", "converged of these, %", "accuracy, %"], rows),
+            "",
+        ]
+    if newton is not None:
+        row = newton[0]
+        lines += [
+            f"Ten Newton steps on the finished network: {percent(number(row['newton']))} % within "
+            f"the tolerance, {percent(number(row['newton_near']))} % within a step of 0.001; what "
+            f"is left of F, median, {small(number(row['residual_median']))}.",
+        ]
+    return "\n".join(lines) if len(lines) > 2 else NOT_RUN
+
+
+def train_step(book: Book) -> str:
+    found = book.files.json("train_step.json")
+    ratios = published.RESPONSE_RATIOS
+    rows = [
+        ["published, V100, robust training", f"{ratios['robust training']}", "-", "-", "-"],
+        ["published, V100, surfaces", f"{ratios['surfaces']}", "-", "-", "-"],
+    ]
+    if found is not None:
+        for name, case in found["cases"].items():
+            rows.append(
+                [
+                    f"measured, robust training, preset {name}",
+                    fixed(1)(case["ratio"]["median"]),
+                    fixed(1)(case["floor_ratio"]["median"]),
+                    seconds(case["robust_seconds"]["median"]),
+                    seconds(case["plain_seconds"]["median"]),
+                ]
+            )
+            if name == "paper":
+                book.compare(
+                    "a robust step of the paper's setting, in plain steps", case["ratio"]["median"],
+                    {"the authors' on a V100": float(ratios["robust training"])}, fixed(1),
+                    low=True,
+                )  # fmt: skip
+    else:
+        rows.append(["measured", NOT_RUN, "-", "-", "-"])
+    head = ["", "step / plain step", "what its passes alone take", "a step", "a plain step"]
+    return (
+        table(head, rows)
+        + "\n\nOn a CPU the attack's passes cost as much as training passes; the authors do not "
+        "say what their plain step was."
+    )
+
+
+def attack_strength(book: Book) -> str:
+    found = book.files.csv("attack_strength.csv")
+    if found is None:
+        return NOT_RUN
+    head = list(found[0])
+    rows = [
+        [row[key] if key == "network" else fixed(2)(number(row[key])) for key in head]
+        for row in found
+    ]
+    return table([key.replace("_", " ") for key in head], rows)

@@ -1,0 +1,296 @@
+"""The page's parts on surfaces and curves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from tools.results import published
+from tools.results.tables import (
+    NOT_RUN,
+    Book,
+    bold_best,
+    fixed,
+    number,
+    percent,
+    seconds,
+    small,
+    table,
+)
+
+METHODS = {
+    "ours": "ours",
+    "igr": "IGR",
+    "poisson": "screened Poisson",
+    "sphere": "AtlasNet, 1 sphere",
+    "patch": "AtlasNet, 1 patch",
+    "patches": "AtlasNet, 25 patches",
+}
+SCALE = 1e3  # as the paper has its Chamfer distances
+
+
+def reconstruct(name: str, book: Book) -> str:
+    found = book.files.json(f"{name}.json")
+    if found is None:
+        return NOT_RUN
+    rows = []
+    for scan, run in found["scans"].items():
+        one = run["compare"]
+        rows.append(
+            [
+                scan,
+                seconds(number(run.get("wall_seconds"))),
+                fixed(2)(SCALE * one["chamfer_l1_relative"]),
+                fixed(2)(SCALE * one["chamfer_l2_relative"]),
+                fixed(3)(one["two_sided_ratio"]),
+                small(one["point_to_surface"]),
+                small(one["point_to_surface_floor"]),
+                small(one["hausdorff"]),
+                fixed(3)(one["normal_consistency"]),
+                f"{one['components']}{'' if one['watertight'] else ', open'}, {one['genus']}",
+                percent(number(run.get("converged_share")), 2),
+            ]
+        )
+    head = [
+        "scan", "time", "Chamfer L1", "Chamfer L2", "/ floor", "point to surface", "its floor",
+        "Hausdorff", "normals", "pieces, genus", "converged, %",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def _relative(run: Mapping[str, Any], key: str) -> float:
+    """A length over the diagonal of the cloud; the newer files have none else."""
+    return number(run.get(key))
+
+
+def surface_table(book: Book) -> str:
+    found = book.files.json("surface_table.json")
+    lines = [
+        "The paper's own figures, on FAUST (Chamfer x 1e3, mean and deviation over ten scans); no "
+        "other data can stand in for them, so they are here for the order of the methods:",
+        "",
+        table(
+            ["published", "Chamfer L1", "Chamfer L2"],
+            [
+                [name, f"{a[0]:.2f} ± {a[1]:.2f}", f"{b[0]:.2f} ± {b[1]:.2f}"]
+                for name, (a, b) in published.TABLE_2.items()
+            ],
+        ),
+        "",
+    ]
+    if found is None:
+        return "\n".join([*lines, f"Ours: {NOT_RUN}."])
+    scans = found["scans"]
+    measures = (
+        ("Chamfer L1 x 1e3", "chamfer_l1_relative", lambda v: f"{SCALE * v:.2f}", True),
+        ("Chamfer L2 x 1e3", "chamfer_l2_relative", lambda v: f"{SCALE * v:.2f}", True),
+        ("point to surface", "point_to_surface", small, True),
+        ("Hausdorff", "hausdorff", small, True),
+        ("normal consistency", "normal_consistency", fixed(3), False),
+    )
+    budget = found["settings"].get("seconds")
+    lines += [
+        f"Measured on the scans, {budget:g} s of one CPU thread for all that train; lengths over "
+        "the diagonal of the cloud:",
+        "",
+    ]
+    for title, key, text, low in measures:
+        rows = []
+        for scan, runs in scans.items():
+            names = [name for name in METHODS if name in runs]
+            values = [_relative(runs[name], key) for name in METHODS if name in runs]
+            rows.append([scan, *bold_best(values, text, low)])
+            if key in ("point_to_surface", "hausdorff", "normal_consistency"):
+                others = {METHODS[n]: _relative(runs[n], key) for n in names if n != "ours"}
+                book.compare(
+                    f"{scan}: {title}, {budget:g} s", _relative(runs["ours"], key), others, text,
+                    low=low, near=0.02 * abs(_relative(runs["ours"], key)) if low else 5e-4,
+                )  # fmt: skip
+        lines += [f"**{title}**", "", table(["scan", *(METHODS[n] for n in names)], rows), ""]
+    rows = []
+    for scan, runs in scans.items():
+        row = [scan]
+        for name in names:
+            run = runs[name]
+            row.append(seconds(number(run["training_seconds"]) + number(run["mesh_seconds"])))
+        rows.append(row)
+        own = runs["ours"]["training_seconds"] + runs["ours"]["mesh_seconds"]
+        if "poisson" in runs:
+            other = runs["poisson"]["training_seconds"] + runs["poisson"]["mesh_seconds"]
+            book.compare(f"{scan}: CPU time", own, {METHODS["poisson"]: other}, seconds, low=True)
+    lines += ["**CPU time, the mesh included**", "", table(["scan", *names_of(names)], rows), ""]
+    lines += [
+        "Elsewhere, on other scans and in other units (Chamfer / Hausdorff): "
+        + "; ".join(f"{name} {a:g} / {b:g}" for name, (a, b) in published.ELSEWHERE.items())
+        + ". SIREN, SAL and DiGS have not been run here.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def names_of(methods: list[str]) -> list[str]:
+    return [METHODS[name] for name in methods]
+
+
+def ablation(book: Book) -> str:
+    found = book.files.json("surface_ablation.json")
+    if found is None:
+        return NOT_RUN
+    rows = []
+    for run in found["runs"]:
+        setting = ", ".join(f"{key} {_plain(value)}" for key, value in run["setting"].items())
+        rows.append(
+            [
+                setting,
+                run["scan"],
+                str(run["steps"]),
+                fixed(0)(number(run.get("cpu_seconds"))),
+                small(number(run.get("point_to_surface"))),
+                small(number(run.get("truth_to_surface"))),
+                small(number(run.get("surface_to_truth"))),
+                fixed(3)(number(run.get("slope_at_the_surface"))),
+            ]
+        )
+    head = [
+        "setting", "scan", "steps", "CPU s", "point to surface", "truth to surface",
+        "surface to truth", "slope at the surface",
+    ]  # fmt: skip
+    text = table(head, rows, left=2) + "\n\n" + found["note"]
+    if found.get("other_failures"):
+        text += "\n\nWhat failed: " + _listed(found["other_failures"])
+    return text
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_listed(part)}" for key, part in value.items()) + "."
+    if isinstance(value, list):
+        return "; ".join(_listed(part) for part in value)
+    return str(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def figure_a2(book: Book) -> str:
+    bands, both = book.files.csv("figure_a2_bands.csv"), book.files.json("figure_a2.json")
+    spacing = book.files.csv("figure_a2_spacing.csv")
+    if bands is None or spacing is None or both is None:
+        return NOT_RUN
+    levels = table(
+        ["level F =", "mean distance of its points", "10 %", "50 %", "90 %"],
+        [
+            [
+                fixed(2)(number(row["level"])),
+                *(fixed(4)(number(row[f"distance_{key}"])) for key in ("mean", "10", "50", "90")),
+            ]
+            for row in spacing
+        ],
+    )
+    rows = [
+        [
+            f"{number(row['from']):g} to {number(row['to']):g}",
+            *(fixed(3)(number(row[f"ratio_{key}"])) for key in ("10", "50", "90")),
+            small(number(row["deviation_mean"])),
+            percent(number(row["signs_agree"])),
+            fixed(3)(number(row["slope_50"])),
+        ]
+        for row in bands
+    ]
+    head = [
+        "distance d", "abs F / d, 10 %", "50 %", "90 %", "mean of abs(abs F - d)",
+        "right sign, %", "slope, median",
+    ]  # fmt: skip
+    return (
+        f"Correlation of F with the signed distance: {both['correlation']:.4f} over "
+        f"{both['points']} points.\n\n{levels}\n\n{table(head, rows)}"
+    )
+
+
+def curves(book: Book) -> str:
+    found = book.files.json("curve_fast.json")
+    if found is None:
+        return NOT_RUN
+    groups: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    for run in found["runs"]:
+        groups.setdefault((run["noise"], run["missing_share"]), []).append(run)
+    rows = []
+    for (noise, missing), runs in groups.items():
+        right = sum(run["components"] == 1 and run["closed"] for run in runs)
+        to_truth = [run["against_truth"]["curve_to_truth"] for run in runs]
+        lost = [run["against_truth"]["hausdorff"] for run in runs]
+        rows.append(
+            [
+                f"{noise:g}",
+                percent(missing, 0),
+                f"{right} of {len(runs)}",
+                f"{min(to_truth):.4f} to {max(to_truth):.4f}",
+                fixed(4)(statistics.median(lost)),
+                fixed(4)(max(lost)),
+                percent(min(run["converged_share"] for run in runs), 2),
+                seconds(statistics.median(run["cpu_seconds"] for run in runs)),
+            ]
+        )
+    head = [
+        "noise", "left out, %", "one closed curve", "mean distance to the truth",
+        "Hausdorff, median", "Hausdorff, largest", "converged, %, lowest", "CPU time, median",
+    ]  # fmt: skip
+    return (
+        table(head, rows)
+        + "\n\nLengths are those of the input, about 2 across; the curves are 5 to 13 long."
+    )
+
+
+def figure3(book: Book) -> str:
+    found = book.files.csv("figure3_curves.csv")
+    if found is None:
+        return NOT_RUN
+    rows = [
+        [
+            row["cloud"],
+            row["curves"],
+            fixed(3)(number(row["length"])),
+            fixed(3)(number(row["true_length"])),
+            fixed(4)(number(row["curve_to_truth"])),
+            fixed(4)(number(row["truth_to_curve"])),
+            fixed(4)(number(row["hausdorff"])),
+        ]
+        for row in found
+    ]
+    return table(
+        [
+            "cloud",
+            "curves",
+            "length",
+            "true length",
+            "curve to truth",
+            "truth to curve",
+            "Hausdorff",
+        ],
+        rows,
+    )
+
+
+def winners(book: Book) -> dict[str, str]:
+    """Facts for the advice at the end of the page."""
+    found = book.files.json("surface_table.json")
+    if found is None:
+        return {}
+    wins: dict[str, int] = {}
+    margins, closed = [], 0
+    for runs in found["scans"].values():
+        closed += runs["ours"]["components"] == 1 and runs["ours"]["watertight"]
+        values = {name: number(run["point_to_surface"]) for name, run in runs.items()}
+        best = min(values, key=values.__getitem__)
+        wins[METHODS[best]] = wins.get(METHODS[best], 0) + 1
+        trained = {name: v for name, v in values.items() if name not in ("ours", "poisson")}
+        margins.append(min(trained.values()) / values["ours"])
+    return {
+        "wins": ", ".join(f"{name} on {count}" for name, count in sorted(wins.items())),
+        "scans": str(len(found["scans"])),
+        "closed": str(closed),
+        "trained": f"{min(margins):.2f} to {max(margins):.2f}" if margins else str(math.nan),
+    }
