@@ -394,3 +394,36 @@ def warm_pool(book: Book) -> str:
             )
     head = ["case", "samples", "ms a step", "evaluations a row", "converged, %", "point to surface"]
     return table(head, rows, left=2) + f"\n\nScan {found['scan']}; {found['note']}."
+
+
+def answer(book: Book) -> list[str]:
+    """In a sentence each: few images, and speed."""
+    lines = []
+    found = book.files.csv("figure2_digits.csv")
+    if found is None:
+        lines.append(f"few images: {NOT_RUN}")
+    else:
+        gains = [100 * number(row["mean"]) for row in found if " minus " in row["method"]]
+        lines.append(
+            f"**Few images.** The geometric SVM is {min(gains):.1f} to {max(gains):.1f} points "
+            "ahead of cross entropy and hinge on small parts of the digits."
+        )
+    found = book.files.csv("bench/newton.csv")
+    if found is None:
+        return [*lines, f"speed: {NOT_RUN}"]
+    whole = [row for row in found if not row["axis"]]
+    old = [number(row["ratio_median"]) for row in whole if row["competitor"] == "published"]
+    best = [
+        min(
+            number(row["ratio_median"])
+            for row in whole
+            if row["case"] == case and not row["competitor"].startswith("ours")
+        )
+        for case in dict.fromkeys(row["case"] for row in whole)
+    ]
+    return [
+        *lines,
+        f"**Speed.** A projection to a level set: the published algorithm takes {min(old):.1f} to "
+        f"{max(old):.1f} times as long, the best that we could write in torch {min(best):.2f} to "
+        f"{max(best):.2f} times.",
+    ]

@@ -230,8 +230,11 @@ def _state(result: Result) -> str:
 
 def summary(book: Book) -> str:
     counts = {verdict: len(book.of(verdict)) for verdict in ("ahead", "even", "behind")}
+    answers = [surfaces.answer(book), robustness.answer(book), *more.answer(book)]
     text = [
         "## In short",
+        "",
+        *(f"* {one}" for one in answers),
         "",
         f"Of {sum(counts.values())} comparisons on this page ours is ahead in {counts['ahead']}, "
         f"not told apart in {counts['even']} and behind in {counts['behind']}. Two figures are not "

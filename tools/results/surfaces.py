@@ -294,3 +294,19 @@ def winners(book: Book) -> dict[str, str]:
         "closed": str(closed),
         "trained": f"{min(margins):.2f} to {max(margins):.2f}" if margins else str(math.nan),
     }
+
+
+def answer(book: Book) -> str:
+    """In a sentence: whole runs of the preset fast."""
+    found = book.files.json("reconstruct_fast.json")
+    if found is None:
+        return f"surfaces: {NOT_RUN}"
+    runs = [run["compare"] for run in found["scans"].values()]
+    whole = sum(run["components"] == 1 and run["watertight"] for run in runs)
+    near = [run["point_to_surface"] for run in runs]
+    floor = [run["point_to_surface_floor"] for run in runs]
+    return (
+        f"**Surfaces.** {whole} of {len(runs)} raw scans come back as one closed piece, "
+        f"{small(min(near))} to {small(max(near))} of the diagonal from the true surface, where "
+        f"the measure itself ends at {small(min(floor))} to {small(max(floor))}."
+    )
