@@ -232,6 +232,7 @@ def test_files_of_figures_exist() -> None:
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("griffe")
+    pytest.importorskip("latex2mathml")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return importlib.import_module("docs_hook")
 
@@ -249,6 +250,34 @@ def test_docstrings_become_markdown(hook: Any) -> None:
         "Returns:\n    One: two.\n\n    Three.\n\nRaises:\n    ValueError: no.\n"
     )
     assert told.endswith("</span>\n\nOne: two.\n\nThree.\n\nRaises:\n    ValueError: no.\n")
+
+
+def test_formulas_become_mathml(hook: Any) -> None:
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("pymdownx")
+    text = "Let $l<d$ and\n\n$$J^{+}=J^T$$\n\nbut `$x$` stays, and so do 5 $ and 6 $."
+    extensions, options = ["pymdownx.arithmatex"], {"pymdownx.arithmatex": {"generic": True}}
+    html = markdown.markdown(text, extensions=extensions, extension_configs=options)
+    told = hook.on_page_content(html)
+    assert told.count("<math") == told.count("</math>") == 2
+    assert 'display="block"' in told
+    assert "<mo>&#x0003C;</mo>" in told  # l < d, once escaped
+    assert "<msup>" in told
+    assert "arithmatex" not in told
+    assert "\\(" not in told
+    assert "<code>$x$</code>" in told
+    assert "5 $ and 6 $" in told
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "$$" in text_of(p)])
+def test_formulas_of_a_page_are_known_to_the_converter(page: str) -> None:
+    """What it does not know it would show as it is written."""
+    convert = pytest.importorskip("latex2mathml.converter").convert
+    text = re.sub(r"`[^`]*`", "", FENCED.sub("", text_of(page)))
+    formulas = [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$(\S.*?)\$", text, re.S)]
+    assert formulas
+    for formula in formulas:
+        assert "\\" not in convert(formula), f"{page}: {formula}"
 
 
 def test_links_that_leave_the_docs_become_text(hook: Any, caplog: pytest.LogCaptureFixture) -> None:
