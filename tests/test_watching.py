@@ -228,6 +228,14 @@ def test_an_address_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert not (tmp_path / "x").exists()
 
 
+def test_a_host_that_is_not_here(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("viser")
+    out = tmp_path / "x"
+    assert main(["curve", "--out", str(out), "--viewer", "192.0.2.1:8080"]) == 2
+    assert "viewer: expected an address to listen on" in capfd.readouterr().err
+    assert not out.exists()
+
+
 # --- the page, without a browser --------------------------------------------------------------
 
 
@@ -279,6 +287,26 @@ def test_watching_does_not_change_the_result(
     viewer._dress()
     assert not mesh.visible
     assert viewer.nodes["scan"].visible
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_page_stays_for_its_readers_after_a_finished_run(
+    finished: bool, viewer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stop):
+        reconstruct.reconstruct(cloud(), tmp_path, SMALL, observers=[viewer, Stopper()])
+    asked: list[int] = []
+
+    def clients() -> dict[int, str]:  # somebody looks for a while
+        asked.append(len(asked))
+        return {0: "a page"} if len(asked) < 10 else {}
+
+    monkeypatch.setattr(viewer.server, "get_clients", clients)
+    monkeypatch.setattr(viewer, "_finished", finished)
+    viewer.close()
+    assert viewer.server is None
+    assert finished == ("the page stays until it is closed" in viewer.said[-1])
+    assert finished == (len(asked) >= 10)
 
 
 def test_samples_walk_to_the_level_set_and_lines_are_on_theirs() -> None:

@@ -9,6 +9,8 @@ its own with random numbers of its own: what is trained does not depend on who w
 from __future__ import annotations
 
 import copy
+import errno
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +99,7 @@ class Viewer(Observer):
         say: where the address is told.
 
     Raises:
-        InputError: viser is not there.
+        InputError: viser is not there; nothing can be served at that address.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Viewer(Observer):
                 'viewer: expected the package viser, from the extra "levelset_ext[viewer]", '
                 f"cannot import it ({error})"
             ) from None
+        _check_address(host, port)
         self._viser, self.host, self.port, self.say = viser, host, port, say
         self.server: Any = None
         self.curves = Curves()
@@ -124,6 +127,7 @@ class Viewer(Observer):
         self._job = 0, RESOLUTION  # of that copy: its step, and how finely to look
         self._failed: Exception | None = None
         self._next = 0.0  # not looked at again before
+        self._finished = False
 
     # --- what the training calls ---
 
@@ -159,6 +163,7 @@ class Viewer(Observer):
         self._hand_over(self.steps, LAST_RESOLUTION)
         self._idle.wait()
         self._check()
+        self._finished = True
         self._status("finished")
 
     def _ready(self) -> bool:
@@ -169,13 +174,13 @@ class Viewer(Observer):
             raise self._failed
 
     def close(self) -> None:
-        """Stays for those who look, until their last page is closed, then goes."""
+        """After a finished run stays for those who look, until their last page is closed."""
         if self.server is None:
             return
         try:
-            if self.server.get_clients():
+            if self._finished and self.server.get_clients():
                 self.say("the page stays until it is closed in the browser; Ctrl-C ends it now")
-            while self.server.get_clients():
+            while self._finished and self.server.get_clients():
                 time.sleep(0.2)
         except KeyboardInterrupt:
             pass  # the work is done
@@ -399,6 +404,20 @@ class Viewer(Observer):
             tick = (tick + 1) % (whole + 3 * _TICKS)  # and a rest at the end
             self.newton.value = min(tick, whole) / _TICKS
             self._place_samples()
+
+
+def _check_address(host: str, port: int) -> None:
+    """A port in use is none of its business: viser goes on to the next. Of a host that is not this
+    machine's viser would try all of them."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            reason = error.strerror or error
+            raise InputError(
+                f"viewer: expected an address to listen on, got {host}:{port} ({reason})"
+            ) from None
 
 
 @contextmanager
