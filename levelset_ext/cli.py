@@ -19,6 +19,7 @@ from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.ranks import launched, rank_of_launch, restarted, started
 from levelset_ext.recipes.train import add_train_command
 
 
@@ -40,17 +41,21 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 def _reconstruct(args: argparse.Namespace) -> None:
     from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
 
-    device = parse_device(args.device)
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
     cloud = load_cloud(args.scan, args.seed)
-    metrics = reconstruct(cloud, Path(args.out), config, device=device, resume=args.resume, say=say)
-    say(
-        f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
-        f"{metrics['components']} component(s), "
-        f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
-    )
+    with launched(args.device) as (ranks, device):
+        resume = args.resume or restarted()
+        metrics = reconstruct(
+            cloud, Path(args.out), config, device=device, resume=resume, say=say, ranks=ranks
+        )
+    if ranks.main:
+        say(
+            f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
+            f"{metrics['components']} component(s), "
+            f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
+        )
 
 
 def _curve(args: argparse.Namespace) -> None:
@@ -172,9 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     program: Any = f"levelset-ext {args.command}"
     try:
+        if started() > 1 and args.command not in ("reconstruct", "train", "attack"):
+            raise InputError(f"torchrun: expected 1 process, got {started()}")
         args.run(args)
     except InputError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        if rank_of_launch() == 0:  # all processes see the same input
+            print(f"{program}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{program}: {error}", file=sys.stderr)

@@ -30,9 +30,9 @@ from levelset_ext.networks import CLASSIFIERS
 from levelset_ext.objectives import OBJECTIVES
 from levelset_ext.recipes.classifiers import KIND as CLASSIFIER_KIND
 from levelset_ext.recipes.classifiers import classifier_state, load_classifier
-from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
+from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.progress import Progress, clock, peak_memory_gb, say
+from levelset_ext.recipes.ranks import ALONE, Ranks, launched, restarted
 from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.train_presets import PRESETS, preset
@@ -68,6 +68,7 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains, or with ``resume`` goes on training, in the folder ``out``.
 
@@ -79,7 +80,8 @@ def train(
         init: network to start from, made by ``networks.build`` with the options in ``config``.
         device: where to train.
         resume: go on with the run in ``out``; afresh if there is none, nothing to do if finished.
-        say: where messages go; progress goes to stderr.
+        say: where messages go; progress goes to stderr. Of several processes the first one speaks.
+        ranks: the processes of the run, all of which call this; the first one writes.
 
     Returns:
         The contents of metrics.json.
@@ -96,8 +98,9 @@ def train(
         raise InputError("data: expected images of two or more classes, got one class alone")
     if init is not None:
         _check_init(init, config)
-    training = Training(data, config, device, init)
-    training.guard.say = say
+    training = Training(data, config, device, init, ranks)
+    if ranks.main:
+        training.guard.say = say
     _try(training)
     header = {
         "kind": KIND,
@@ -108,27 +111,31 @@ def train(
         "init": None if init is None else digest(*init.state_dict().values()),
         "settings": plain_config(config),
     }
-    finished = begin_run(
-        out,
-        header,
-        results=("history.csv", "checkpoint.pt"),
-        what="a training",
-        same="the run of the same images and settings",
-        resume=resume,
-        say=say,
+    finished = ranks.first(
+        lambda: begin_run(
+            out,
+            header,
+            results=("history.csv", "checkpoint.pt"),
+            what="a training",
+            same="the run of the same images and settings",
+            resume=resume,
+            say=say,
+        )
     )
     if finished is not None:
         return finished
 
     spent = 0.0
-    if resume and (out / "checkpoint.pt").exists():
-        spent = _load(training, out / "checkpoint.pt")
-        say(f"going on at step {training.step} of {training.steps}")
+    saved = ranks.first(lambda: kept_checkpoint(out, CLASSIFIER_KIND)) if resume else None
+    if saved is not None:
+        spent = _load(training, saved, out / "checkpoint.pt")
+        if ranks.main:
+            say(f"going on at step {training.step} of {training.steps}")
     began = time.monotonic()
     _train(training, test, out, lambda: spent + time.monotonic() - began)
     seconds = spent + time.monotonic() - began
     metrics = _metrics(training, test, seconds)
-    write_json(out / "metrics.json", metrics)
+    ranks.first(lambda: write_json(out / "metrics.json", metrics))
     return metrics
 
 
@@ -197,9 +204,8 @@ def _try(training: Training) -> None:
         raise InputError(f"{training.config.objective}: {error}") from None
 
 
-def _load(training: Training, path: Path) -> float:
+def _load(training: Training, saved: dict[str, Any], path: Path) -> float:
     """Brings the training to where its checkpoint is; returns the seconds that took."""
-    saved = load_checkpoint(path, CLASSIFIER_KIND)
     if "training" not in saved or "seconds" not in saved:
         raise InputError(f"{path}: expected the checkpoint of a training, got a classifier alone")
     try:
@@ -221,14 +227,14 @@ def _train(training: Training, test: Images, out: Path, seconds: Callable[[], fl
         last = training.step == training.steps
         epoch_ends = last or training.step % per_epoch == 0
         if epoch_ends:
-            clean = accuracy(training.result, watched, training.device)
+            clean = accuracy(training.result, watched, training.device, ranks=training.ranks)
         if epoch_ends or training.step % config.log_every == 0:
             training.history.close(
                 training.step, training.epoch, seconds(), clean if epoch_ends else None
             )
         due = training.step % config.checkpoint_every == 0
         due = (due or time.monotonic() - saved >= _SAVE_SECONDS) and training.guard.sound()
-        if last or due:
+        if training.ranks.main and (last or due):
             training.history.write(out / "history.csv")
             save_checkpoint(
                 out / "checkpoint.pt",
@@ -240,7 +246,7 @@ def _train(training: Training, test: Images, out: Path, seconds: Callable[[], fl
                 },
             )
             saved = time.monotonic()
-        if last or progress.due():
+        if training.ranks.main and (last or progress.due()):
             progress.report(training.step, _note(training, figures, clean), last)
 
 
@@ -264,7 +270,7 @@ def _metrics(training: Training, test: Images, seconds: float) -> dict[str, Any]
         "parameters": sum(p.numel() for p in network.parameters()),
         "rows": len(training.labels),
         "test_rows": len(test),
-        "clean_accuracy": accuracy(network, test, device),
+        "clean_accuracy": accuracy(network, test, device, ranks=training.ranks),
         "steps": training.step,
         "epochs": training.epoch,
         "skipped_steps": training.skipped_steps,
@@ -279,7 +285,9 @@ def _metrics(training: Training, test: Images, seconds: float) -> dict[str, Any]
         "build": build_info(),
     }
     if training.held_out is not None:
-        metrics["held_out_accuracy"] = accuracy(network, training.held_out, device)
+        metrics["held_out_accuracy"] = accuracy(
+            network, training.held_out, device, ranks=training.ranks
+        )
     if device.type == "cuda":
         metrics["peak_device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return metrics
@@ -337,7 +345,11 @@ def add_train_command(commands: Any) -> None:
 
 
 def _command(args: argparse.Namespace) -> None:
-    device = parse_device(args.device)
+    with launched(args.device) as (ranks, device):
+        _train_as_told(args, ranks, device)
+
+
+def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
     if args.threads is not None:
         if args.threads < 1:
             raise InputError(f"threads: expected at least 1, got {args.threads}")
@@ -384,13 +396,15 @@ def _command(args: argparse.Namespace) -> None:
         config,
         init=init,
         device=device,
-        resume=args.resume,
+        resume=args.resume or restarted(),
         say=say,
+        ranks=ranks,
     )
-    say(
-        f"{args.out}/checkpoint.pt: clean accuracy {100 * metrics['clean_accuracy']:.2f} % of "
-        f"{metrics['test_rows']}, trained in {clock(metrics['training_seconds'])}"
-    )
+    if ranks.main:
+        say(
+            f"{args.out}/checkpoint.pt: clean accuracy {100 * metrics['clean_accuracy']:.2f} % of "
+            f"{metrics['test_rows']}, trained in {clock(metrics['training_seconds'])}"
+        )
 
 
 def _merged(data: Images, classes: int) -> Images:
