@@ -20,6 +20,7 @@ from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.ranks import launched, rank_of_launch, restarted, started
+from levelset_ext.recipes.sweep import add_sweep_command
 from levelset_ext.recipes.train import add_train_command
 
 
@@ -165,6 +166,7 @@ def _parser() -> _Parser:
 
     add_train_command(commands)
     add_attack_command(commands)
+    add_sweep_command(commands)
     add_bench_command(commands)
 
     one = commands.add_parser("info", help="versions, compiler, CUDA and devices, as JSON")

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
 
-__all__ = ["ALONE", "Ranks", "WholeDraws", "launched"]
+__all__ = ["ALONE", "Ranks", "WholeDraws", "in_rounds", "launched"]
 
 T = TypeVar("T")
 
@@ -125,6 +125,55 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def in_rounds(
+    ranks: Ranks,
+    count: int,
+    read: Callable[[int], T | None],
+    make: Callable[[int, dict[int, T]], T],
+    keep: Callable[[int, T], None],
+    report: Callable[[int, dict[int, T]], None],
+) -> list[T]:
+    """The parts 0 ... count - 1 of a result, each made by one process and sent to the first.
+
+    Args:
+        ranks: of the run.
+        count: how many parts there are.
+        read: a part that is there from before, or None; asked of the first process.
+        make: the part of this index, from the parts that this process has.
+        keep: writes a part that was made; by the first process.
+        report: called there after every part, with its index and all parts so far.
+
+    Returns:
+        The parts in order on the first process, and nothing on the others.
+
+    Raises:
+        InputError: one that a process met while making a part, on all processes.
+    """
+    found: dict[int, T] = {}
+    if ranks.main:
+        kept = ((index, read(index)) for index in range(count))
+        found = {index: part for index, part in kept if part is not None}
+    missing = ranks.first(lambda: [index for index in range(count) if index not in found])
+    for at in range(0, len(missing), ranks.size):
+        mine: tuple[int | None, T | None, InputError | None] = (None, None, None)
+        if at + ranks.rank < len(missing):
+            index = missing[at + ranks.rank]
+            try:
+                mine = (index, make(index, found), None)
+            except InputError as error:
+                if ranks.size == 1:
+                    raise
+                mine = (None, None, error)
+        for made, part, failed in ranks.gather(mine):
+            if failed is not None:
+                raise failed
+            if ranks.main and made is not None and part is not None:
+                found[made] = part
+                keep(made, part)
+                report(made, found)
+    return [found[index] for index in sorted(found)]
 
 
 class WholeDraws(TorchFunctionMode):

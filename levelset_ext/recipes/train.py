@@ -371,7 +371,7 @@ def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device)
     if args.classes is not None:
         if not 2 <= args.classes <= data.classes:
             raise InputError(f"classes: expected 2 to {data.classes}, got {args.classes}")
-        data, test = _merged(data, args.classes), _merged(test, args.classes)
+        data, test = merged(data, args.classes), merged(test, args.classes)
     network, options = args.network, _options(args.network_options)
     if init is not None:
         network, options = init.config["network"], init.config["options"]  # type: ignore[assignment, index]
@@ -407,7 +407,8 @@ def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device)
         )
 
 
-def _merged(data: Images, classes: int) -> Images:
+def merged(data: Images, classes: int) -> Images:
+    """The images with their classes merged into fewer."""
     labels: Tensor = merge_labels(data.labels, classes, original=data.classes)
     return Images(data.images, labels, data.name, classes)
 
