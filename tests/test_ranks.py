@@ -20,8 +20,10 @@ from test_composition import free_port
 from test_reconstruct_command import SMALL, small_cloud
 
 from levelset_ext.cli import main
+from levelset_ext.networks import build
 from levelset_ext.recipes import reconstruct as recipe
-from levelset_ext.recipes.ranks import Ranks, WholeDraws
+from levelset_ext.recipes.attack import AttackConfig, run_attack
+from levelset_ext.recipes.ranks import Ranks, WholeDraws, in_rounds
 
 HERE = Path(__file__).parent
 
@@ -151,6 +153,27 @@ def mesh_of(ranks: Ranks) -> tuple[np.ndarray, ...]:
     )
 
 
+def attacked(ranks: Ranks, out: Path | None) -> dict[str, Any]:
+    from test_train_command import digits
+
+    network = build("convnet-2a", shape=(1, 8, 8))
+    with torch.no_grad():
+        for k, parameter in enumerate(network.parameters()):
+            parameter.copy_(torch.sin(torch.arange(parameter.numel()) + k).view_as(parameter) / 4)
+    config = AttackConfig("pgd-xent,pgd-margin", 0.1, 0.03, 3, batch=9, linearity=True)
+    images = digits()
+    with torch.no_grad():
+        labels = network(images.images).argmax(1)
+    labels[:7] = (labels[:7] + 1) % 10
+    return run_attack(network, replace(images, labels=labels), config, out=out, ranks=ranks)
+
+
+def second_breaks(index: int, found: dict[int, int]) -> int:
+    if index == 1:
+        raise recipe.InputError("of the second alone")
+    return index
+
+
 def work(ranks: Ranks, out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with doubles():
@@ -160,6 +183,11 @@ def work(ranks: Ranks, out: Path) -> dict[str, Any]:
     recipe.reconstruct(
         recipe.Cloud(small_cloud().points, "a cloud"), out / "whole", FEW, ranks=ranks
     )
+    found["attack"] = attacked(ranks, out / "attack")
+    try:
+        in_rounds(ranks, 4, lambda k: None, second_breaks, lambda *x: None, lambda *x: None)
+    except recipe.InputError as error:
+        found["round"] = str(error)
     try:
         ranks.first(lambda: (_ for _ in ()).throw(recipe.InputError("of the first alone")))
     except recipe.InputError as error:
@@ -212,6 +240,37 @@ def test_two_processes_extract_the_mesh_of_one(shared: Shared) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_attack_as_one(shared: Shared, tmp_path: Path) -> None:
+    """Seven batches for two processes: every count and every bit of the examples."""
+    alone = attacked(Ranks(), tmp_path)
+    assert 0 < alone["robust_accuracy"] < alone["clean_accuracy"] < 1
+    timeless = [without_times(found) for found in (alone, *(f["attack"] for f in shared.found))]
+    assert timeless[0] == timeless[1] == timeless[2]
+    there = shared.folder / "attack"
+    assert {p.name for p in there.iterdir()} == {p.name for p in tmp_path.iterdir()}
+    assert (there / "examples.csv").read_bytes() == (tmp_path / "examples.csv").read_bytes()
+    with (
+        np.load(there / "adversarial.npz") as one,
+        np.load(tmp_path / "adversarial.npz") as other,
+    ):
+        for name in other.files:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in metrics.items() if k != "seconds"}
+    kept["attacks"] = [
+        {k: v for k, v in one.items() if k != "seconds"} for one in metrics["attacks"]
+    ]
+    return kept
+
+
+@pytest.mark.slow
+def test_an_error_of_any_process_in_a_round_is_everyones(shared: Shared) -> None:
+    assert [found["round"] for found in shared.found] == ["of the second alone"] * 2
+
+
+@pytest.mark.slow
 def test_an_error_of_the_first_process_is_everyones(shared: Shared) -> None:
     assert [found["error"] for found in shared.found] == ["of the first alone"] * 2
 
@@ -255,6 +314,7 @@ import torch
 torch.set_num_threads(1)
 import test_ranks
 from levelset_ext.cli import main
+from levelset_ext.networks import build
 from levelset_ext.recipes import reconstruct as recipe
 recipe.PRESETS["fast"] = test_ranks.FEW
 from levelset_ext.cli import main

@@ -88,6 +88,14 @@ class Ranks:
         dist.all_gather_object(found, thing)
         return found
 
+    def to_first(self, thing: T) -> list[T]:
+        """As :meth:`gather`, for rank 0 alone; the others get nothing."""
+        if self.size == 1:
+            return [thing]
+        found: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(thing, found)
+        return found or []
+
     def first(self, work: Callable[[], T]) -> T:
         """Rank 0 does the work, and all get what comes of it: a result, or what was raised."""
         if self.size == 1:
@@ -157,22 +165,21 @@ def in_rounds(
         found = {index: part for index, part in kept if part is not None}
     missing = ranks.first(lambda: [index for index in range(count) if index not in found])
     for at in range(0, len(missing), ranks.size):
-        mine: tuple[int | None, T | None, InputError | None] = (None, None, None)
+        mine: tuple[int, T] | None = None
+        failed: InputError | None = None
         if at + ranks.rank < len(missing):
             index = missing[at + ranks.rank]
             try:
-                mine = (index, make(index, found), None)
+                mine = (index, make(index, found))
             except InputError as error:
-                if ranks.size == 1:
-                    raise
-                mine = (None, None, error)
-        for made, part, failed in ranks.gather(mine):
-            if failed is not None:
-                raise failed
-            if ranks.main and made is not None and part is not None:
-                found[made] = part
-                keep(made, part)
-                report(made, found)
+                failed = error
+        if ranks.total(failed is not None)[0] > 0:
+            raise next(error for error in ranks.gather(failed) if error is not None)
+        for made in ranks.to_first(mine):
+            if made is not None:
+                found[made[0]] = made[1]
+                keep(*made)
+                report(made[0], found)
     return [found[index] for index in sorted(found)]
 
 
