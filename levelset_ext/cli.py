@@ -20,6 +20,8 @@ from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.observers import add_observer_options, chosen_observers
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.ranks import launched, rank_of_launch, restarted, started
+from levelset_ext.recipes.sweep import add_sweep_command
 from levelset_ext.recipes.train import add_train_command
 
 
@@ -41,26 +43,27 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 def _reconstruct(args: argparse.Namespace) -> None:
     from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
 
-    device, observers = parse_device(args.device), chosen_observers(args)
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
     cloud = load_cloud(args.scan, args.seed)
-    with observers:
+    with launched(args.device) as (ranks, device), chosen_observers(args) as observers:
         metrics = reconstruct(
             cloud,
             Path(args.out),
             config,
             device=device,
-            resume=args.resume,
+            resume=args.resume or restarted(),
             say=say,
             observers=observers,
+            ranks=ranks,
         )
-    say(
-        f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
-        f"{metrics['components']} component(s), "
-        f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
-    )
+    if ranks.main:
+        say(
+            f"{args.out}/mesh.ply: {metrics['vertices']} vertices, {metrics['faces']} faces, "
+            f"{metrics['components']} component(s), "
+            f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
+        )
 
 
 def _curve(args: argparse.Namespace) -> None:
@@ -179,6 +182,7 @@ def _parser() -> _Parser:
 
     add_train_command(commands)
     add_attack_command(commands)
+    add_sweep_command(commands)
     add_bench_command(commands)
 
     one = commands.add_parser("info", help="versions, compiler, CUDA and devices, as JSON")
@@ -191,9 +195,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     program: Any = f"levelset-ext {args.command}"
     try:
+        if started() > 1 and args.command not in ("reconstruct", "train", "attack"):
+            raise InputError(f"torchrun: expected 1 process, got {started()}")
         args.run(args)
     except InputError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        if rank_of_launch() == 0:  # all processes see the same input
+            print(f"{program}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{program}: {error}", file=sys.stderr)

@@ -114,6 +114,8 @@ def commands(page: str) -> list[list[str]]:
             words = shlex.split(line, comments=True)
             if words and words[0] == "levelset-ext":
                 found.append(words[1:])
+            elif words and words[0] == "torchrun":
+                found.append(words[words.index("levelset_ext") + 1 :])
     return found
 
 

@@ -26,6 +26,8 @@ from levelset_ext.field import Field, evaluation_copy, value_and_jacobian
 from levelset_ext.samplers import project
 
 Values = Callable[[np.ndarray], np.ndarray]  # positions (n, 3) float64 -> F - c (n,) float64
+Work = Callable[[np.ndarray], tuple[np.ndarray, ...]]  # x (n, ...) -> arrays of n rows
+Spread = Callable[[Work, np.ndarray, int], tuple[np.ndarray, ...]]
 
 RESIDUAL_SHARE = 1e-6  # promised: |F - c| <= this x diagonal x median |D_xF|
 _TARGET_SHARE = 1e-7  # asked of Newton, so that the promise holds with room
@@ -63,6 +65,7 @@ def extract_mesh(
     level: float = 0.0,
     batch: int = 32768,
     refine: bool = True,
+    spread: Spread | None = None,
 ) -> Mesh:
     """The level set {F = level} inside a box, as a mesh.
 
@@ -91,6 +94,9 @@ def extract_mesh(
         batch: rows per evaluation of F on the grid; an eighth of it per projection.
         refine: move the vertices onto the level set; False leaves them where linear interpolation
             along their grid edges puts them.
+        spread: how evaluations are shared by several processes, all of which make this call: called
+            as spread(work, x, batch), it returns what ``work(x)`` would, arrays with a row for
+            each row of x; it may split x between batches. None works alone.
 
     Returns:
         The mesh; with 0 vertices and 0 faces when F - level has one sign on all nodes seen.
@@ -117,8 +123,14 @@ def extract_mesh(
     origin = (low + high) / 2 - cell * cells / 2
     grid_fn, device, dtype = _for_the_grid(fn)
 
+    share = _alone if spread is None else spread
+
     def values(x: np.ndarray) -> np.ndarray:
-        return _evaluate(grid_fn, x, float(level), int(batch), device, dtype)
+        return share(
+            lambda part: (_evaluate(grid_fn, part, float(level), int(batch), device, dtype),),
+            x,
+            int(batch),
+        )[0]
 
     lattice = _search(values, origin, cell, cells, int(resolution))
     faces, ends = _march(lattice)
@@ -129,8 +141,12 @@ def extract_mesh(
     start = _interpolate(lattice, ends, margin)
     precisions = [(exact_fn, torch.float64) for exact_fn in _in_float64(grid_fn)]
     precisions.append((grid_fn, dtype))
-    exact = _Exact(precisions, float(level), int(batch), device, start[:1])
+    exact = _Exact(precisions, float(level), int(batch), device, start[:1], share)
     return _finish(exact, lattice, faces, ends, start, refine)
+
+
+def _alone(work: Work, x: np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
+    return work(x)
 
 
 # --- evaluating F ---------------------------------------------------------------------------
@@ -548,21 +564,29 @@ class _Exact:
         batch: int,
         device: torch.device,
         probe: np.ndarray,
+        spread: Spread,
     ) -> None:
         self.level, self.batch, self.device = level, max(1, batch // 8), device
+        self.spread = spread
         for self.fn, self.dtype in precisions[:-1]:
             try:
-                self.values(probe)
+                self._values(probe)  # by every process: it may raise
                 return
             except (RuntimeError, TypeError, ValueError):  # tensors of another dtype inside
                 continue
         self.fn, self.dtype = precisions[-1]
 
     def values(self, x: np.ndarray) -> np.ndarray:
+        return self.spread(lambda part: (self._values(part),), x, self.batch)[0]
+
+    def _values(self, x: np.ndarray) -> np.ndarray:
         return _evaluate(self.fn, x, self.level, self.batch, self.device, self.dtype)
 
-    def gradient(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gradient(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
         """F - c (n,) and D_xF (n, 3)."""
+        return self.spread(self._gradient, x, self.batch)
+
+    def _gradient(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value, gradient = np.empty(len(x)), np.empty((len(x), 3))
         for rows, part in self._parts(x):
             f, jacobian = value_and_jacobian(self.fn, part)
@@ -570,10 +594,13 @@ class _Exact:
             gradient[rows] = _numpy(jacobian).reshape(-1, 3)
         return value, gradient
 
-    def project(
+    def project(self, x: np.ndarray, tolerance: float) -> tuple[np.ndarray, ...]:
+        """Points, F - c and D_xF there, and which rows converged."""
+        return self.spread(lambda part: self._project(part, tolerance), x, self.batch)
+
+    def _project(
         self, x: np.ndarray, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Points, F - c and D_xF there, and which rows converged."""
         points, gradient = np.empty_like(x), np.empty_like(x)
         value, good = np.empty(len(x)), np.empty(len(x), dtype=bool)
         for rows, part in self._parts(x):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +100,7 @@ def reconstruction(
     min_slope: float = 0.0,
     nearest: Sequence[Tensor | None] | None = None,
     disks: Disks | None = None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> ReconstructionLoss:
     """Eq. 13:  sum_t [ mean_i | d(x_i, X) - |t| |^p ]^(1/p)  +  lam / N sum_j |F(x_j)|.
 
@@ -122,6 +123,9 @@ def reconstruction(
             step need one search only.
         disks: of the cloud, see :func:`fit_disks`: d(x, X) is then the distance to the disk of the
             nearest point. None is the distance to the point itself.
+        add_up: for rows that several processes share: adds a tensor up over all of them. The
+            loss is then that of all rows, on every process, and the gradient of all rows the sum
+            of those that the processes get. None takes the rows for all there are.
 
     For l > 1 (curves) |t| and |F| are Euclidean norms of the l outputs. Differentiable in the
     parameters of ``fn``, by first derivatives of the network only.
@@ -162,10 +166,10 @@ def reconstruction(
         distance = disks.distance(points, index)
     on_level = torch.where(together.converged[:, None], together.level, together.values)
     error = (distance - torch.linalg.vector_norm(on_level, dim=1)).abs()
-    terms = [_mean_power(part, p) for part in error.split(sizes)]
+    terms = [_mean_power(part, p, add_up) for part in error.split(sizes)]
 
     batch = cloud if cloud_batch is None else cloud_batch
-    misfit = _norm(evaluate(field, batch)).mean()
+    misfit = _mean(_norm(evaluate(field, batch)), add_up)
     levels = torch.stack(terms)
     return ReconstructionLoss(
         total=levels.sum() + lam * misfit, levels=levels.detach(), cloud=misfit.detach()
@@ -188,12 +192,20 @@ def _norm(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=1)
 
 
-def _mean_power(error: Tensor, p: float) -> Tensor:
+def _mean(values: Tensor, add_up: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Of all rows; 0 for no rows."""
+    if add_up is None:
+        return values.mean() if values.shape[0] > 0 else values.sum()
+    total, count = add_up(torch.stack([values.sum(), values.new_tensor(values.shape[0])]))
+    return total / count.clamp(min=1)
+
+
+def _mean_power(
+    error: Tensor, p: float, add_up: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """[mean e^p]^(1/p); 0 for no rows, with the gradient 0 at e = 0."""
-    if error.shape[0] == 0:
-        return error.sum()
     if p == 1:
-        return error.mean()
-    mean = error.pow(p).mean()
+        return _mean(error, add_up)
+    mean = _mean(error.pow(p), add_up)
     positive = mean > 0
     return torch.where(positive, torch.where(positive, mean, 1.0).pow(1 / p), 0.0 * mean)

@@ -45,9 +45,9 @@ from levelset_ext.data.images import Images, load_images, merge_labels
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack_picture import draw_attacks
 from levelset_ext.recipes.classifiers import fast_order, load_classifier, load_foreign
-from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import plain, write_json
 from levelset_ext.recipes.progress import Progress, say
+from levelset_ext.recipes.ranks import ALONE, Ranks, in_rounds, launched, restarted
 from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.whole_files import write_whole
 
@@ -86,6 +86,7 @@ def run_attack(
     source: nn.Module | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Attacks ``model`` on all rows of ``data`` and returns the contents of metrics.json.
 
@@ -96,7 +97,9 @@ def run_attack(
         out: folder of the run; without one nothing is written.
         source: network that makes the examples of the transfer attacks.
         resume: go on with the run in ``out``; afresh if there is none, nothing to do if finished.
-        say: where messages go; progress goes to stderr.
+        say: where messages go; progress goes to stderr. Of several processes the first one speaks.
+        ranks: the processes of the run, all of which call this and get the same; each attacks some
+            of the batches, and the first one writes.
 
     Raises:
         InputError: bad images, labels, weights or settings; a folder that cannot be written, or
@@ -114,9 +117,9 @@ def run_attack(
     if out is None:
         if resume:
             raise InputError("resume: expected --out with the folder of the run")
-        evaluation = _all_parts(model, data, config, source, None)
-        gamma = _linearity(model, data, config, evaluation.correct, None)
-        return _metrics(model, evaluation, config, gamma)
+        evaluation = _all_parts(model, data, config, source, None, ranks)
+        gamma = _linearity(model, data, config, evaluation, None, ranks)
+        return ranks.first(lambda: _metrics(model, _known(evaluation), config, gamma))
     header = {
         "kind": KIND,
         "model": digest(*model.state_dict().values()),
@@ -126,21 +129,36 @@ def run_attack(
         "rows": len(data),
         "settings": asdict(config),
     }
-    finished = begin_run(
-        out,
-        header,
-        results=_RESULTS,
-        what="an attack",
-        same="the run of the same network, data and settings",
-        resume=resume,
-        say=say,
+    finished = ranks.first(
+        lambda: begin_run(
+            out,
+            header,
+            results=_RESULTS,
+            what="an attack",
+            same="the run of the same network, data and settings",
+            resume=resume,
+            say=say,
+        )
     )
     if finished is not None:
         return finished
     parts = out / "parts"
-    parts.mkdir(exist_ok=True)
-    evaluation = _all_parts(model, data, config, source, parts)
-    gamma = _linearity(model, data, config, evaluation.correct, parts)
+    if ranks.main:
+        parts.mkdir(exist_ok=True)
+    evaluation = _all_parts(model, data, config, source, parts, ranks)
+    gamma = _linearity(model, data, config, evaluation, parts, ranks)
+    return ranks.first(lambda: _write_results(out, model, _known(evaluation), data, config, gamma))
+
+
+def _write_results(
+    out: Path,
+    model: nn.Module,
+    evaluation: Evaluation,
+    data: Images,
+    config: AttackConfig,
+    gamma: Tensor | None,
+) -> dict[str, Any]:
+    """The files of a run whose parts are all there; returns the metrics."""
     write_whole(out / "examples.csv", lambda stream: _write_csv(stream, evaluation, data, gamma))
     write_whole(
         out / "adversarial.npz",
@@ -154,7 +172,7 @@ def run_attack(
     draw_attacks(out / "adversarial.png", data, evaluation)
     metrics = _metrics(model, evaluation, config, gamma)
     write_json(out / "metrics.json", metrics)
-    shutil.rmtree(parts, ignore_errors=True)
+    shutil.rmtree(out / "parts", ignore_errors=True)
     return metrics
 
 
@@ -164,27 +182,48 @@ def _all_parts(
     config: AttackConfig,
     source: nn.Module | None,
     folder: Path | None,
-) -> Evaluation:
-    """The evaluation of all rows, batch by batch; batches already in ``folder`` are read."""
-    found: list[Evaluation] = []
+    ranks: Ranks,
+) -> Evaluation | None:
+    """The evaluation of all rows, batch by batch; batches already in ``folder`` are read. Of
+    several processes the first one gets it."""
     progress: Progress | None = None
-    standing = 0
-    for index, at in enumerate(range(0, len(data), config.batch)):
-        file = None if folder is None else folder / f"{index:06d}.npz"
-        some = slice(at, at + config.batch)
-        part = None if file is None else _read_part(file, len(data.labels[some]))
-        if part is None:
-            progress = progress or Progress("row", len(data), at)
-            tell = _teller(progress, at, _share(standing, at))
-            part = _evaluate(model, data.images[some], data.labels[some], config, source, at, tell)
-            if file is not None:
-                write_whole(file, partial(_write_part, part=part))
-        found.append(part)
-        standing += int((~part.success).sum())
-        done = min(at + config.batch, len(data))
+
+    def rows(index: int) -> slice:
+        return slice(index * config.batch, min((index + 1) * config.batch, len(data)))
+
+    def read(index: int) -> Evaluation | None:
+        some = rows(index)
+        return None if folder is None else _read_part(_file(folder, index), some.stop - some.start)
+
+    def make(index: int, found: dict[int, Evaluation]) -> Evaluation:
+        nonlocal progress
+        some = rows(index)
+        if ranks.main:
+            progress = progress or Progress("row", len(data), some.start)
+        tell = _silent if progress is None else _teller(progress, some.start, _share(found))
+        images, labels = data.images[some], data.labels[some]
+        return _evaluate(model, images, labels, config, source, some.start, tell)
+
+    def keep(index: int, part: Evaluation) -> None:
+        if folder is not None:
+            write_whole(_file(folder, index), partial(_write_part, part=part))
+
+    def report(index: int, found: dict[int, Evaluation]) -> None:
+        done = rows(index).stop
         if progress is not None and (done == len(data) or progress.due()):
-            progress.report(done, _share(standing, done), done == len(data))
-    return Evaluation.merge(found)
+            progress.report(done, _share(found), done == len(data))
+
+    count = -(-len(data) // config.batch)
+    parts = in_rounds(ranks, count, read, make, keep, report)
+    return Evaluation.merge(parts) if ranks.main else None
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.npz"
+
+
+def _silent(done: int, name: str) -> None:
+    """The progress of all processes but the first."""
 
 
 def _teller(progress: Progress, at: int, note: str) -> Callable[[int, str], None]:
@@ -195,7 +234,9 @@ def _teller(progress: Progress, at: int, note: str) -> Callable[[int, str], None
     return tell
 
 
-def _share(standing: int, rows: int) -> str:
+def _share(found: dict[int, Evaluation]) -> str:
+    rows = sum(map(len, found.values()))
+    standing = sum(int((~part.success).sum()) for part in found.values())
     return f"robust {100 * standing / rows:.2f} %" if rows else ""
 
 
@@ -273,41 +314,70 @@ def _read_part(file: Path, rows: int) -> Evaluation | None:
 
 
 def _linearity(
-    model: nn.Module, data: Images, config: AttackConfig, correct: Tensor, folder: Path | None
+    model: nn.Module,
+    data: Images,
+    config: AttackConfig,
+    evaluation: Evaluation | None,
+    folder: Path | None,
+    ranks: Ranks,
 ) -> Tensor | None:
     """gamma(eps, x) of all rows, (n,), batch by batch as the attacks; NaN where the network is
-    wrong, as such rows are not attacked either. None if it is not asked for."""
+    wrong, as such rows are not attacked either. None if it is not asked for, and on all processes
+    but the first."""
     if not config.linearity:
         return None
-    found: list[Tensor] = []
+    correct = ranks.first(lambda: _known(evaluation).correct)
     progress: Progress | None = None
-    for index, at in enumerate(range(0, len(data), config.batch)):
-        file = None if folder is None else folder / f"linearity-{index:06d}.npy"
-        rows = torch.nonzero(correct[at : at + config.batch]).squeeze(1) + at
-        part = None if file is None else _read_gamma(file, len(rows))
-        if part is None:
-            progress = progress or Progress("linearity", len(data), at)
-            device = _device_of(model, data.images)
-            part = local_linearity(
-                model,
-                data.images[rows].to(device),
-                data.labels[rows].to(device),
-                config.eps,
-                steps=_LINEARITY_STEPS,
-                seed=config.seed,
-                batch=config.batch,
-                rows=rows.tolist(),
-                binary=config.binary,
-            ).gamma.cpu()
-            if file is not None:
-                write_whole(file, partial(np.save, arr=part.numpy()))
-        found.append(part)
-        done = min(at + config.batch, len(data))
+
+    def rows(index: int) -> Tensor:
+        at = index * config.batch
+        return torch.nonzero(correct[at : at + config.batch]).squeeze(1) + at
+
+    def file(index: int) -> Path | None:
+        return None if folder is None else folder / f"linearity-{index:06d}.npy"
+
+    def read(index: int) -> Tensor | None:
+        path = file(index)
+        return None if path is None else _read_gamma(path, len(rows(index)))
+
+    def make(index: int, found: dict[int, Tensor]) -> Tensor:
+        nonlocal progress
+        if ranks.main:
+            progress = progress or Progress("linearity", len(data), index * config.batch)
+        device, some = _device_of(model, data.images), rows(index)
+        return local_linearity(
+            model,
+            data.images[some].to(device),
+            data.labels[some].to(device),
+            config.eps,
+            steps=_LINEARITY_STEPS,
+            seed=config.seed,
+            batch=config.batch,
+            rows=some.tolist(),
+            binary=config.binary,
+        ).gamma.cpu()
+
+    def keep(index: int, part: Tensor) -> None:
+        path = file(index)
+        if path is not None:
+            write_whole(path, partial(np.save, arr=part.numpy()))
+
+    def report(index: int, found: dict[int, Tensor]) -> None:
+        done = min((index + 1) * config.batch, len(data))
         if progress is not None and (done == len(data) or progress.due()):
             progress.report(done, "", done == len(data))
+
+    parts = in_rounds(ranks, -(-len(data) // config.batch), read, make, keep, report)
+    if not ranks.main:
+        return None
     gamma = torch.full((len(data),), torch.nan, dtype=torch.float64)
-    gamma[correct] = torch.cat(found).double()
+    gamma[correct] = torch.cat(parts).double()
     return gamma
+
+
+def _known(evaluation: Evaluation | None) -> Evaluation:
+    assert evaluation is not None  # on the first process
+    return evaluation
 
 
 def _read_gamma(file: Path, rows: int) -> Tensor | None:
@@ -448,7 +518,11 @@ def add_attack_command(commands: Any) -> None:
 
 
 def _command(args: argparse.Namespace) -> None:
-    device = parse_device(args.device)
+    with launched(args.device) as (ranks, device):
+        _attack_as_told(args, ranks, device)
+
+
+def _attack_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
     model = _network("CHECKPOINT or --model", args.checkpoint, args.model, args, device)
     source = None
     if args.source is not None or args.source_model is not None:
@@ -483,9 +557,12 @@ def _command(args: argparse.Namespace) -> None:
         config,
         out=None if args.out is None else Path(args.out),
         source=source,
-        resume=args.resume,
+        resume=args.resume or (restarted() and args.out is not None),
         say=say,
+        ranks=ranks,
     )
+    if not ranks.main:
+        return
     for sentence in metrics["alarms"]:
         say(f"alarm: {sentence}")
     print(json.dumps(plain(metrics), indent=2))

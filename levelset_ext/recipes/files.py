@@ -54,6 +54,12 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     return state
 
 
+def kept_checkpoint(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The checkpoint.pt of a run of the given kind, or None where there is none yet."""
+    path = folder / "checkpoint.pt"
+    return load_checkpoint(path, kind) if path.exists() else None
+
+
 def prepare_folder(path: Path) -> Path:
     """Makes a folder for results, or says in one line why it cannot be written."""
     try:

@@ -17,6 +17,7 @@ from typing import Any
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.progress import Progress
 from levelset_ext.recipes.progress import say as say_to_person
+from levelset_ext.recipes.ranks import rank_of_launch
 
 __all__ = [
     "Moment",
@@ -180,13 +181,15 @@ def add_observer_options(command: argparse.ArgumentParser, *, viewer: bool) -> N
 
 
 def chosen_observers(args: argparse.Namespace) -> Observers:
-    """The sinks that the options ask for.
+    """The sinks that the options ask for; none but on the first of the processes of ``torchrun``.
 
     Raises:
         InputError: a package that is not there, named with the extra that brings it; an address
             that is none.
     """
     chosen: list[Observer] = []
+    if rank_of_launch() > 0:
+        return Observers(chosen)
     if args.log == "tensorboard":
         from levelset_ext.recipes.tensorboard import TensorBoard
 

@@ -36,11 +36,12 @@ from levelset_ext.geometry.compare import compare_meshes
 from levelset_ext.geometry.extract import Mesh, extract_mesh
 from levelset_ext.geometry.preview import render_preview
 from levelset_ext.networks import MLP, ImplicitMLP
-from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
+from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.guard import Guard, finite_gradient
 from levelset_ext.recipes.history import HistoryPicture, HistoryTable
 from levelset_ext.recipes.observers import Observer, Observers, ProgressLine, Run
 from levelset_ext.recipes.progress import clock, peak_memory_gb
+from levelset_ext.recipes.ranks import ALONE, Ranks
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.recipes.soap import Soap
 from levelset_ext.recipes.tensorboard import FOLDER as TENSORBOARD_FOLDER
@@ -220,10 +221,11 @@ class Training:
     Args:
         cloud: (N, d) float32 in normalised units, on the device to train on.
         config: settings.
+        ranks: the processes that share the samples of a step; all have the whole cloud.
     """
 
-    def __init__(self, cloud: Tensor, config: ReconstructConfig) -> None:
-        self.cloud, self.config = cloud, config
+    def __init__(self, cloud: Tensor, config: ReconstructConfig, ranks: Ranks = ALONE) -> None:
+        self.cloud, self.config, self.ranks = cloud, config, ranks
         # All randomness is drawn on the CPU from one generator, so that a checkpoint holds all of
         # it and a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -239,7 +241,7 @@ class Training:
         self.pool: tuple[Tensor, Tensor] | None = None
         if config.pool:
             starts = self._starts(config.pool, config.general_noise)
-            self.pool = starts, ops.nearest_distance(starts, cloud)[1]
+            self.pool = starts, ranks.rows(lambda x: ops.nearest_distance(x, cloud)[1], starts)
         self.warm = [self._warm_pool(level) for level in config.levels] if config.warm_pool else []
         self.step = 0
         # Sums over the steps so far, for the log and the metrics.
@@ -323,6 +325,10 @@ class Training:
         grown = min(1.0, self.step / config.lam_steps) ** config.lam_power
         return config.lam_first + (config.lam_last - config.lam_first) * grown
 
+    def _own(self, rows: Tensor) -> Tensor:
+        """Those of this process."""
+        return rows[self.ranks.share(len(rows))]
+
     def _rows(self, count: int) -> Tensor:
         """Random points of the cloud, or centers of its disks."""
         index = torch.randint(len(self.cloud), (count,), generator=self.generator)
@@ -365,16 +371,18 @@ class Training:
 
     def samples(self) -> tuple[list[LevelSetResult], LevelSetResult, Tensor | None]:
         """Points projected to each level, points on whatever level set they lie on, and the cloud
-        points nearest to the latter where the pool knows them."""
+        points nearest to the latter where the pool knows them: the share of this process."""
         config = self.config
         share = config.projected // len(config.levels)
         if self.warm:
-            projected = [pool.draw(self.field, share) for pool in self.warm]
+            # Drawn whole by every process, as who is crowded depends on all.
+            drawn = [pool.draw(self.field, share) for pool in self.warm]
+            projected = [result[self.ranks.share(share)] for result in drawn]
         else:
             projected = [
                 project(
                     self.field,
-                    self._starts(share, config.projected_noise),
+                    self._own(self._starts(share, config.projected_noise)),
                     level,
                     config.newton_iters,
                     **self._newton_options(),
@@ -382,10 +390,11 @@ class Training:
                 for level in config.levels
             ]
         if self.pool is None:
-            starts, nearest = self._starts(config.general, config.general_noise), None
+            starts = self._own(self._starts(config.general, config.general_noise))
+            nearest = None
         else:
             rows = torch.randint(config.pool, (config.general,), generator=self.generator)
-            rows = rows.to(self.cloud.device)
+            rows = self._own(rows.to(self.cloud.device))
             starts, nearest = self.pool[0][rows], self.pool[1][rows]
         return projected, level_points(self.field, starts), nearest
 
@@ -400,28 +409,38 @@ class Training:
             self.field,
             [*projected, general],
             self.cloud,
-            self._rows(config.cloud_points),
+            self._own(self._rows(config.cloud_points)),
             lam=self.lam(),
             p=config.p,
             min_slope=config.min_slope,
             nearest=[*(None for _ in projected), nearest],
             disks=self.disks,
+            add_up=None if self.ranks.size == 1 else self.ranks.add,
         )
         self.optimizer.zero_grad(set_to_none=True)
         usable = bool(torch.isfinite(loss.total))
         if usable:
             loss.total.backward()
+            self.ranks.add_gradients(self.network.parameters())
             usable = finite_gradient(self.network.parameters())
         if usable:
             self.optimizer.step()
         else:
             self.skipped_steps += 1
-        converged = sum(int(result.converged.sum()) for result in projected)
-        rows = sum(map(len, projected))
+        converged, rows, deficient = map(
+            int,
+            self.ranks.total(
+                sum(int(result.converged.sum()) for result in projected),
+                sum(map(len, projected)),
+                sum(
+                    int((result.status == Status.RANK_DEFICIENT).sum())
+                    for result in (*projected, general)
+                ),
+            ),
+        )
         self.converged_rows += converged
         self.projected_rows += rows
-        for result in (*projected, general):
-            self.rank_deficient_rows += int((result.status == Status.RANK_DEFICIENT).sum())
+        self.rank_deficient_rows += deficient
         self.step += 1
         self.guard.after(
             self.step,
@@ -473,6 +492,7 @@ def reconstruct(
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
     observers: Sequence[Observer] = (),
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Runs, or with ``resume`` goes on with, a reconstruction in the folder ``out``.
 
@@ -483,9 +503,10 @@ def reconstruct(
         device: where to train.
         resume: continue the run in ``out``; afresh if there is none, nothing to do if it is
             finished.
-        say: where messages go; progress goes to stderr.
+        say: where messages go; progress goes to stderr. Of several processes the first one speaks.
         observers: who else watches, see :mod:`levelset_ext.recipes.observers`; the caller
-            closes them.
+            closes them. Of several processes the first one is watched.
+        ranks: the processes of the run, all of which call this; the first one writes.
 
     Returns:
         The contents of metrics.json.
@@ -493,43 +514,60 @@ def reconstruct(
     Raises:
         InputError: ``out`` cannot be written, or holds the run of another cloud or other settings.
     """
+    say = say if ranks.main else _silent
     header = {"kind": KIND, "cloud": cloud.name, "digest": cloud.digest, "settings": asdict(config)}
-    finished = begin_run(
-        out,
-        header,
-        results=("mesh.ply", "preview.png", "checkpoint.pt", *WATCHED),
-        what="a reconstruction",
-        same="a run with the same settings",
-        named="cloud",
-        resume=resume,
-        say=say,
+    finished = ranks.first(
+        lambda: begin_run(
+            out,
+            header,
+            results=("mesh.ply", "preview.png", "checkpoint.pt", *WATCHED),
+            what="a reconstruction",
+            same="a run with the same settings",
+            named="cloud",
+            resume=resume,
+            say=say,
+        )
     )
     if finished is not None:
         return finished
 
-    watch = watching(observers, say)
-    run = train_in_folder(Training, cloud.points, out, config, KIND, device, resume, say, watch)
+    watch = watching(observers, say, ranks)
+    run = train_in_folder(
+        Training, cloud.points, out, config, KIND, device, resume, say, watch, ranks
+    )
     training, normal = run.training, run.normal
     say(f"trained in {clock(run.trained)}; extracting at resolution {config.resolution}")
 
     mesh = _extract(training, normal)
     if mesh.empty:
         raise RuntimeError("the trained network has no zero level set inside the box of the cloud")
-    write_mesh(out / "mesh.ply", mesh.vertices, mesh.faces, mesh.normals)
-    in_unit = replace(mesh, vertices=normal.to_unit(mesh.vertices))
-    render_preview(out / "preview.png", normal.to_unit(cloud.points), in_unit, training.field)
-    metrics = _metrics(cloud, mesh, training, run.history, run.trained)
-    metrics["seconds"] = run.seconds()
-    watch.done({"preview": out / "preview.png"}, metrics)
-    write_json(out / "metrics.json", metrics)
-    return metrics
+
+    def write() -> dict[str, Any]:
+        write_mesh(out / "mesh.ply", mesh.vertices, mesh.faces, mesh.normals)
+        in_unit = replace(mesh, vertices=normal.to_unit(mesh.vertices))
+        render_preview(out / "preview.png", normal.to_unit(cloud.points), in_unit, training.field)
+        metrics = _metrics(cloud, mesh, training, run.history, run.trained)
+        metrics["seconds"] = run.seconds()
+        watch.done({"preview": out / "preview.png"}, metrics)
+        write_json(out / "metrics.json", metrics)
+        return metrics
+
+    return ranks.first(write)
+
+
+def _silent(text: str) -> None:
+    """Where the messages of all processes but the first go."""
 
 
 WATCHED = ("history.csv", "history.png", TENSORBOARD_FOLDER)  # what watching leaves in a folder
 
 
-def watching(observers: Sequence[Observer], say: Callable[[str], None]) -> Observers:
-    """The sinks that every run has, and some more."""
+def watching(
+    observers: Sequence[Observer], say: Callable[[str], None], ranks: Ranks = ALONE
+) -> Observers:
+    """The sinks that every run has, and some more; none but on the first process."""
+    if not ranks.main:
+        return Observers([], say)
     return Observers([ProgressLine(), HistoryTable(), HistoryPicture(), *observers], say)
 
 
@@ -553,7 +591,7 @@ class TrainedRun(Generic[AnyTraining]):
 
 
 def train_in_folder(
-    make: Callable[[Tensor, AnyConfig], AnyTraining],
+    make: Callable[[Tensor, AnyConfig, Ranks], AnyTraining],
     points: np.ndarray,
     out: Path,
     config: AnyConfig,
@@ -562,17 +600,18 @@ def train_in_folder(
     resume: bool,
     say: Callable[[str], None],
     watch: Observers,
+    ranks: Ranks = ALONE,
 ) -> TrainedRun[AnyTraining]:
     """Makes the training of points (N, d) in input units, takes up its checkpoint in ``out`` with
     ``resume``, and takes all steps that are left, with checkpoints of the given kind."""
     began = time.monotonic()
     normal = Normalization.fit(points)
     unit = torch.from_numpy(normal.to_unit(points).astype(np.float32)).to(device)
-    training = make(unit, config)
+    training = make(unit, config, ranks)
     training.guard.say = say
     spent = 0.0
-    if resume and (out / "checkpoint.pt").exists():
-        saved = load_checkpoint(out / "checkpoint.pt", kind)
+    saved = ranks.first(lambda: kept_checkpoint(out, kind)) if resume else None
+    if saved is not None:
         training.load(saved["training"])
         spent = saved["seconds"]
         say(f"going on at step {training.step} of {config.steps}")
@@ -606,7 +645,7 @@ def _take_steps(
         last = training.step == config.steps
         due = training.step % config.checkpoint_every == 0 and training.guard.sound()
         saved = last or due
-        if saved:
+        if saved and training.ranks.main:
             save_checkpoint(
                 out / "checkpoint.pt",
                 {
@@ -654,7 +693,12 @@ def _extract(training: Training, normal: Normalization) -> Mesh:
     """The zero level set in input units, over the cloud's box widened by the samples' margin."""
     low, high = training.low.cpu().double().numpy(), training.high.cpu().double().numpy()
     network = training.network
-    mesh = extract_mesh(network, (low, high), resolution=training.config.resolution)
+    mesh = extract_mesh(
+        network,
+        (low, high),
+        resolution=training.config.resolution,
+        spread=training.ranks.spread,
+    )
     return Mesh(**{**vars(mesh), "vertices": normal.to_input(mesh.vertices)})
 
 

@@ -31,8 +31,7 @@ from levelset_ext.networks import CLASSIFIERS
 from levelset_ext.objectives import OBJECTIVES
 from levelset_ext.recipes.classifiers import KIND as CLASSIFIER_KIND
 from levelset_ext.recipes.classifiers import classifier_state, load_classifier
-from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.files import load_checkpoint, save_checkpoint, write_json
+from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, write_json
 from levelset_ext.recipes.history import HistoryPicture
 from levelset_ext.recipes.observers import (
     Observer,
@@ -43,6 +42,7 @@ from levelset_ext.recipes.observers import (
     chosen_observers,
 )
 from levelset_ext.recipes.progress import clock, peak_memory_gb, say
+from levelset_ext.recipes.ranks import ALONE, Ranks, launched, restarted
 from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.tensorboard import FOLDER as TENSORBOARD_FOLDER
@@ -80,6 +80,7 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
     observers: Sequence[Observer] = (),
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains, or with ``resume`` goes on training, in the folder ``out``.
 
@@ -91,9 +92,10 @@ def train(
         init: network to start from, made by ``networks.build`` with the options in ``config``.
         device: where to train.
         resume: go on with the run in ``out``; afresh if there is none, nothing to do if finished.
-        say: where messages go; progress goes to stderr.
+        say: where messages go; progress goes to stderr. Of several processes the first one speaks.
         observers: who else watches, see :mod:`levelset_ext.recipes.observers`; the caller
-            closes them.
+            closes them. Of several processes the first one is watched.
+        ranks: the processes of the run, all of which call this; the first one writes.
 
     Returns:
         The contents of metrics.json.
@@ -110,8 +112,9 @@ def train(
         raise InputError("data: expected images of two or more classes, got one class alone")
     if init is not None:
         _check_init(init, config)
-    training = Training(data, config, device, init)
-    training.guard.say = say
+    training = Training(data, config, device, init, ranks)
+    if ranks.main:
+        training.guard.say = say
     _try(training)
     header = {
         "kind": KIND,
@@ -122,23 +125,28 @@ def train(
         "init": None if init is None else digest(*init.state_dict().values()),
         "settings": plain_config(config),
     }
-    finished = begin_run(
-        out,
-        header,
-        results=("history.csv", "history.png", "checkpoint.pt", TENSORBOARD_FOLDER),
-        what="a training",
-        same="the run of the same images and settings",
-        resume=resume,
-        say=say,
+    finished = ranks.first(
+        lambda: begin_run(
+            out,
+            header,
+            results=("history.csv", "history.png", "checkpoint.pt", TENSORBOARD_FOLDER),
+            what="a training",
+            same="the run of the same images and settings",
+            resume=resume,
+            say=say,
+        )
     )
     if finished is not None:
         return finished
 
     spent = _Spent()
-    if resume and (out / "checkpoint.pt").exists():
-        spent = _load(training, out / "checkpoint.pt")
-        say(f"going on at step {training.step} of {training.steps}")
-    watch = Observers([ProgressLine(), HistoryPicture(), *observers], say)
+    saved = ranks.first(lambda: kept_checkpoint(out, CLASSIFIER_KIND)) if resume else None
+    if saved is not None:
+        spent = _load(training, saved, out / "checkpoint.pt")
+        if ranks.main:
+            say(f"going on at step {training.step} of {training.steps}")
+    sinks = [ProgressLine(), HistoryPicture(), *observers] if ranks.main else []
+    watch = Observers(sinks, say)
     per_step = len(training.labels) / training.steps_per_epoch
     watch.begin(
         Run(
@@ -153,7 +161,7 @@ def train(
     _train(training, test, out, spent, watch)
     metrics = _metrics(training, test, spent.seconds(), spent.cpu_seconds())
     watch.done({}, metrics)
-    write_json(out / "metrics.json", metrics)
+    ranks.first(lambda: write_json(out / "metrics.json", metrics))
     return metrics
 
 
@@ -236,9 +244,8 @@ def _try(training: Training) -> None:
         raise InputError(f"{training.config.objective}: {error}") from None
 
 
-def _load(training: Training, path: Path) -> _Spent:
+def _load(training: Training, saved: dict[str, Any], path: Path) -> _Spent:
     """Brings the training to where its checkpoint is; returns the time that took."""
-    saved = load_checkpoint(path, CLASSIFIER_KIND)
     if "training" not in saved or "seconds" not in saved:
         raise InputError(f"{path}: expected the checkpoint of a training, got a classifier alone")
     try:
@@ -259,7 +266,7 @@ def _train(training: Training, test: Images, out: Path, spent: _Spent, watch: Ob
         last = training.step == training.steps
         epoch_ends = last or training.step % per_epoch == 0
         if epoch_ends:
-            clean = accuracy(training.result, watched, training.device)
+            clean = accuracy(training.result, watched, training.device, ranks=training.ranks)
         if epoch_ends or training.step % config.log_every == 0:
             training.history.close(
                 training.step, training.epoch, spent.seconds(), clean if epoch_ends else None
@@ -267,7 +274,7 @@ def _train(training: Training, test: Images, out: Path, spent: _Spent, watch: Ob
         due = training.step % config.checkpoint_every == 0
         due = (due or time.monotonic() - saved >= _SAVE_SECONDS) and training.guard.sound()
         saving = last or due
-        if saving:
+        if saving and training.ranks.main:
             training.history.write(out / "history.csv")
             save_checkpoint(
                 out / "checkpoint.pt",
@@ -315,7 +322,7 @@ def _metrics(
         "parameters": sum(p.numel() for p in network.parameters()),
         "rows": len(training.labels),
         "test_rows": len(test),
-        "clean_accuracy": accuracy(network, test, device),
+        "clean_accuracy": accuracy(network, test, device, ranks=training.ranks),
         "steps": training.step,
         "epochs": training.epoch,
         "skipped_steps": training.skipped_steps,
@@ -331,7 +338,9 @@ def _metrics(
         "build": build_info(),
     }
     if training.held_out is not None:
-        metrics["held_out_accuracy"] = accuracy(network, training.held_out, device)
+        metrics["held_out_accuracy"] = accuracy(
+            network, training.held_out, device, ranks=training.ranks
+        )
     if device.type == "cuda":
         metrics["peak_device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return metrics
@@ -390,7 +399,11 @@ def add_train_command(commands: Any) -> None:
 
 
 def _command(args: argparse.Namespace) -> None:
-    device = parse_device(args.device)
+    with launched(args.device) as (ranks, device):
+        _train_as_told(args, ranks, device)
+
+
+def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
     if args.threads is not None:
         if args.threads < 1:
             raise InputError(f"threads: expected at least 1, got {args.threads}")
@@ -413,7 +426,7 @@ def _command(args: argparse.Namespace) -> None:
     if args.classes is not None:
         if not 2 <= args.classes <= data.classes:
             raise InputError(f"classes: expected 2 to {data.classes}, got {args.classes}")
-        data, test = _merged(data, args.classes), _merged(test, args.classes)
+        data, test = merged(data, args.classes), merged(test, args.classes)
     network, options = args.network, _options(args.network_options)
     if init is not None:
         network, options = init.config["network"], init.config["options"]  # type: ignore[assignment, index]
@@ -439,17 +452,20 @@ def _command(args: argparse.Namespace) -> None:
             config,
             init=init,
             device=device,
-            resume=args.resume,
+            resume=args.resume or restarted(),
             say=say,
             observers=observers,
+            ranks=ranks,
         )
-    say(
-        f"{args.out}/checkpoint.pt: clean accuracy {100 * metrics['clean_accuracy']:.2f} % of "
-        f"{metrics['test_rows']}, trained in {clock(metrics['training_seconds'])}"
-    )
+    if ranks.main:
+        say(
+            f"{args.out}/checkpoint.pt: clean accuracy {100 * metrics['clean_accuracy']:.2f} % of "
+            f"{metrics['test_rows']}, trained in {clock(metrics['training_seconds'])}"
+        )
 
 
-def _merged(data: Images, classes: int) -> Images:
+def merged(data: Images, classes: int) -> Images:
+    """The images with their classes merged into fewer."""
     labels: Tensor = merge_labels(data.labels, classes, original=data.classes)
     return Images(data.images, labels, data.name, classes)
 

@@ -6,11 +6,13 @@ import copy
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from levelset_ext.data.images import Images, augment_cifar
 from levelset_ext.errors import InputError
@@ -20,6 +22,7 @@ from levelset_ext.networks import build
 from levelset_ext.objectives import OBJECTIVES, Objective, Step
 from levelset_ext.recipes.guard import Guard
 from levelset_ext.recipes.history import RESERVED, History
+from levelset_ext.recipes.ranks import ALONE, Ranks, WholeDraws
 from levelset_ext.recipes.settings import checked
 
 __all__ = ["TrainConfig", "Training", "accuracy", "make_objective"]
@@ -135,6 +138,7 @@ class Training:
         device: where to train.
         network: what to start from, made by ``networks.build``; it is copied. Without one a network
             is made from the settings and the seed.
+        ranks: the processes that share every batch; all have all images.
     """
 
     def __init__(
@@ -143,8 +147,9 @@ class Training:
         config: TrainConfig,
         device: torch.device | str = "cpu",
         network: nn.Module | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.ranks = config, torch.device(device), ranks
         self.objective = make_objective(config.objective, config.settings)
         # All randomness is drawn on the CPU from one generator, so that a checkpoint holds all of
         # it and a seed means the same on every device.
@@ -171,6 +176,8 @@ class Training:
         if held:
             self.held_out = Images(images[:held], labels[:held], data.name, data.classes)
         self.steps_per_epoch = -(-len(self.labels) // config.batch)
+        if ranks.size > 1:
+            _check_shared(self.network, len(self.labels) // self.steps_per_epoch, ranks)
         self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
 
         # Where the searches of the objective ended, per training row, if it goes on from there.
@@ -258,7 +265,7 @@ class Training:
         return config.lr
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and row numbers of the step that comes next."""
+        """Images, labels and row numbers of the step that comes next, of all processes."""
         rows, at = len(self.labels), self.step % self.steps_per_epoch
         if at == 0:
             self.order = torch.randperm(rows, generator=self.generator)
@@ -280,16 +287,21 @@ class Training:
         began = time.monotonic()
         self.guard.begin(self.step)
         x, y, rows = self.next_batch()
+        count, own = len(y), self.ranks.share(len(y))
+        share = (own.stop - own.start) / count
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.network.train()
-        found = self._objective(x, y, rows)
+        found = self._objective(x[own], y[own], rows[own], count)
         self.optimizer.zero_grad(set_to_none=True)
-        figures = {"loss": float(found.loss.detach()), "lr": lr, "gradient_norm": math.nan}
+        # Objectives are means over rows, so those of all rows are weighted means of the shares.
+        (loss,) = self.ranks.total(share * float(found.loss.detach()))
+        figures = {"loss": loss, "lr": lr, "gradient_norm": math.nan}
         usable = math.isfinite(figures["loss"])
         if usable:
-            found.loss.backward()
+            (share * found.loss if share < 1 else found.loss).backward()
+            self.ranks.add_gradients(self.network.parameters())
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
             figures["gradient_norm"] = float(norm)
             usable = math.isfinite(figures["gradient_norm"])
@@ -299,23 +311,38 @@ class Training:
         else:
             self.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if found.figures:
-            values = torch.stack([v.detach().double() for v in found.figures.values()]).tolist()
-            for name, value in zip(found.figures, values, strict=True):
-                figures[f"objective_{name}" if name in RESERVED else name] = value
+        for name, value in self._figures(found, share).items():
+            figures[f"objective_{name}" if name in RESERVED else name] = value
         self.step += 1
         self.history.add(
-            figures, samples=len(y), seconds=time.monotonic() - began, skipped=not usable
+            figures, samples=count, seconds=time.monotonic() - began, skipped=not usable
         )
         self.guard.after(self.step, figures["loss"], usable=usable, last=self.step == self.steps)
         return figures
 
-    def _objective(self, x: Tensor, y: Tensor, rows: Tensor) -> Step:
-        """The objective on a batch, with what it left behind for these rows."""
+    def _figures(self, found: Step, share: float) -> dict[str, float]:
+        """The objective's figures; of several processes means, weighted by their rows."""
+        values: dict[str, float] = {}
+        if found.figures:
+            stacked = torch.stack([v.detach().double() for v in found.figures.values()])
+            values = dict(zip(found.figures, stacked.tolist(), strict=True))
+        if self.ranks.size == 1:
+            return values
+        everyone = self.ranks.gather((share, values))
+        names = dict.fromkeys(name for _, own in everyone for name in own)
+        return {
+            name: _mean([(w, own[name]) for w, own in everyone if name in own]) for name in names
+        }
+
+    def _objective(self, x: Tensor, y: Tensor, rows: Tensor, count: int) -> Step:
+        """The objective on the rows of this process out of a batch of ``count``, with what it left
+        behind for these rows."""
         more: dict[str, Any] = {}
         if self.offsets is not None:
             more["offsets"] = self.offsets[rows].to(x.dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+        alone = self.ranks.size == 1
+        draws = nullcontext() if alone else WholeDraws(self.ranks, self.generator, count)
+        with draws, torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             found = self.objective(
                 self.network,
                 x,
@@ -325,7 +352,9 @@ class Training:
                 **more,
             )
         if self.offsets is not None and found.offsets is not None:
-            self.offsets[rows] = found.offsets.to(self.offsets.dtype)
+            ends = found.offsets.to(self.offsets.dtype)
+            for some, there in self.ranks.gather((rows, ends)):
+                self.offsets[some.to(self.device)] = there.to(self.device)
         return found
 
     @torch.no_grad()
@@ -339,6 +368,25 @@ class Training:
                 mean.lerp_(value, 1 - decay)
             else:
                 mean.copy_(value)
+
+
+def _check_shared(network: nn.Module, rows: int, ranks: Ranks) -> None:
+    if rows < ranks.size:
+        raise InputError(
+            f"batch: expected at least an image for each of {ranks.size} processes, got {rows}"
+        )
+    if any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise InputError(
+            f"network: expected one without batch norm with {ranks.size} processes, as its "
+            "statistics are of one process's rows"
+        )
+
+
+def _mean(weighted: list[tuple[float, float]]) -> float:
+    """Of (weight, value), without values that are not numbers; NaN of none."""
+    kept = [(weight, value) for weight, value in weighted if math.isfinite(value)]
+    whole = sum(weight for weight, _ in kept)
+    return sum(weight * value for weight, value in kept) / whole if whole > 0 else math.nan
 
 
 _COUNTERS = ("step", "skipped_steps")
@@ -365,15 +413,21 @@ def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
     )
 
 
-def accuracy(network: nn.Module, data: Images, device: torch.device, batch: int = 500) -> float:
+def accuracy(
+    network: nn.Module,
+    data: Images,
+    device: torch.device,
+    batch: int = 500,
+    ranks: Ranks = ALONE,
+) -> float:
     """Share of the rows whose label has the largest logit; a tie counts as wrong."""
     quiet = evaluation_copy(network)
     right = 0
     with torch.no_grad():
-        for at in range(0, len(data), batch):
+        for at in range(ranks.rank * batch, len(data), ranks.size * batch):
             x, y = data.images[at : at + batch].to(device), data.labels[at : at + batch].to(device)
             right += int((margin(quiet(x), y) > 0).sum())
-    return right / len(data)
+    return ranks.total(right)[0] / len(data)
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,368 @@
+"""Many trainings at once: every method on every share of the images with every seed.
+
+A sweep is a folder. Runs are independent of each other and each has a folder of its own, made by
+``levelset-ext train``, so what is finished stays finished and what was killed goes on:
+
+    config.json              what all runs have in common
+    runs/METHOD-SHARE-SEED/  the run, and log.txt with what it said
+    results.csv              one row for every run, rewritten as they finish
+    results.json             the same, and mean and deviation over the seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import math
+import os
+import statistics
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from levelset_ext.data.images import Images, fraction, load_images
+from levelset_ext.errors import InputError
+from levelset_ext.objectives import OBJECTIVES
+from levelset_ext.recipes.attack import AttackConfig, run_attack
+from levelset_ext.recipes.classifiers import load_classifier
+from levelset_ext.recipes.files import write_json
+from levelset_ext.recipes.progress import Progress, clock, say
+from levelset_ext.recipes.run_folder import begin_run
+from levelset_ext.recipes.settings import parse_settings
+from levelset_ext.recipes.train import merged, train
+from levelset_ext.recipes.train_presets import preset
+from levelset_ext.whole_files import write_whole
+
+__all__ = ["Common", "Run", "add_sweep_command", "run_all", "sweep"]
+
+KIND = "levelset_ext sweep 1"
+_DEATHS = 2  # of the process of a run, before it counts as broken
+_INPUT = ("method", "fraction", "seed", "status")
+_ACCURACIES = ("clean_accuracy", "robust_accuracy")
+_COLUMNS = (*_INPUT, *_ACCURACIES, "rows", "steps", "skipped_steps", "training_seconds", "error")
+
+
+# --- any runs -------------------------------------------------------------------------------
+
+
+def run_all(
+    tasks: Mapping[str, Callable[[], dict[str, Any]]],
+    folder: Path,
+    jobs: int,
+    done: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Does the tasks in ``jobs`` processes, in any order.
+
+    Args:
+        tasks: by name, each with a result of plain values; sent to a process, so a ``partial`` of a
+            function of a module.
+        folder: tasks NAME log to folder/NAME/log.txt what they print.
+        jobs: processes, each with its part of the cores; 1 works in this one.
+        done: called with the name and the result as they finish. One that raised has the result
+            {"status": "failed", "error": ...}, and so has one whose process died twice.
+    """
+    try:
+        import joblib
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+    except ImportError:
+        raise InputError("jobs: expected joblib (pip install joblib) for a sweep") from None
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
+    left, deaths = dict(tasks), dict.fromkeys(tasks, 0)
+    while left:
+        started = {name: folder / name / "started" for name in left}
+        for mark in started.values():
+            mark.unlink(missing_ok=True)
+        calls = [
+            joblib.delayed(_guarded)(name, task, folder / name, threads)
+            for name, task in left.items()
+        ]
+        pool = joblib.Parallel(jobs, return_as="generator_unordered")
+        try:
+            for name, result in pool(calls):
+                del left[name]
+                done(name, result)
+        except TerminatedWorkerError:
+            # Which of them took its process along is not said: those that had begun.
+            for name in [name for name in left if started[name].exists()]:
+                deaths[name] += 1
+                if deaths[name] == _DEATHS:
+                    del left[name]
+                    done(name, _broken(f"its process died {_DEATHS} times"))
+
+
+def _guarded(
+    name: str, task: Callable[[], dict[str, Any]], folder: Path, threads: int
+) -> tuple[str, dict[str, Any]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "started").touch()
+    torch.set_num_threads(threads)
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+        try:
+            result = {"status": "done", "error": "", **task()}
+        except Exception as error:  # whatever it is, the others go on
+            traceback.print_exc()
+            result = _broken(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    (folder / "started").unlink(missing_ok=True)
+    return name, result
+
+
+def _broken(error: str) -> dict[str, Any]:
+    return {"status": "failed", "error": error}
+
+
+# --- trainings ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a sweep."""
+
+    method: str  # an objective
+    fraction: float  # share of the training images, chosen by the seed
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.fraction:g}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all trainings of a sweep have in common; arguments of the commands train and attack."""
+
+    data: str | None = None
+    limit: int | None = None
+    classes: int | None = None
+    network: str | None = None
+    preset: str = "fast"
+    epochs: float | None = None
+    steps: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+    attack: str | None = None
+    eps: float = 0.3
+    step: float = 0.01
+    iters: int = 40
+
+
+@lru_cache(maxsize=1)
+def _images(data: str | None, limit: int | None, classes: int | None) -> tuple[Images, Images]:
+    train_all, test = (load_images(data, split, limit) for split in ("train", "test"))
+    if classes is not None:
+        return merged(train_all, classes), merged(test, classes)
+    return train_all, test
+
+
+def one_run(run: Run, common: Common, folder: Path) -> dict[str, Any]:
+    """The training, and the attack if there is one; gone on with in its folder."""
+    data, test = _images(common.data, common.limit, common.classes)
+    config = _config(run, common, data)
+    rows = fraction(data.labels, run.fraction, run.seed)
+    some = replace(data, images=data.images[rows], labels=data.labels[rows])
+    metrics = train(some, test, folder, config, resume=True, say=say)
+    names = ("clean_accuracy", "rows", "steps", "skipped_steps", "training_seconds")
+    found = {name: metrics[name] for name in names}
+    if common.attack is not None:
+        settings = AttackConfig(
+            attack=common.attack,
+            eps=common.eps,
+            step=common.step,
+            iters=common.iters,
+            binary=config.options.get("classes") == 1,
+        )
+        network = load_classifier(folder / "checkpoint.pt")
+        attacked = run_attack(network, test, settings, out=folder / "attack", resume=True, say=say)
+        found["robust_accuracy"] = attacked["robust_accuracy"]
+    return found
+
+
+def _config(run: Run, common: Common, data: Images) -> Any:
+    return preset(
+        run.method,
+        data,
+        common.preset,
+        network=common.network,
+        seed=run.seed,
+        epochs=common.epochs,
+        steps=common.steps,
+        batch=common.batch,
+        lr=common.lr,
+        settings=dict(common.settings),
+    )
+
+
+def sweep(
+    runs: list[Run],
+    common: Common,
+    out: Path,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Trains all runs in the folder ``out``; with ``resume`` those that it lacks.
+
+    Args:
+        runs: what to train; a sweep that is gone on with may have other runs than before.
+        common: what they have in common.
+        out: folder, made if missing. Without ``resume`` a sweep that is there is removed.
+        jobs: how many at a time.
+        resume: keep what is finished and go on with what is not. Broken runs are tried again.
+        say: where messages go; progress goes to stderr.
+
+    Returns:
+        The contents of results.json: "runs", a row each, and "summary".
+
+    Raises:
+        InputError: settings of a run that cannot be used, said before anything is written; a
+            folder that cannot be written, or holds another sweep.
+    """
+    data, _ = _images(common.data, common.limit, common.classes)
+    for run in runs:
+        _config(run, common, data)
+        fraction(data.labels, run.fraction, run.seed)
+    # The folder of a sweep has no metrics.json, so it never counts as finished.
+    begin_run(
+        out,
+        {"kind": KIND, "settings": {**vars(common), "settings": dict(common.settings)}},
+        results=("results.csv", "results.json", "runs"),
+        what="a sweep",
+        same="the same settings",
+        resume=resume,
+        say=say,
+    )
+    order = {run.name: run for run in runs}
+    rows: dict[str, dict[str, Any]] = {}
+    progress = Progress("run", len(order), every=0.0 if jobs == 1 else None)
+
+    def done(name: str, result: dict[str, Any]) -> None:
+        rows[name] = {**vars(order[name]), **result}
+        if result["status"] == "failed":
+            say(f"{name}: failed: {result['error']} ({out / 'runs' / name / 'log.txt'})")
+        last = len(rows) == len(order)
+        _write(out, [rows[name] for name in order if name in rows])
+        if last or progress.due():
+            progress.report(len(rows), name, last)
+
+    tasks = {
+        name: partial(one_run, run, common, out / "runs" / name) for name, run in order.items()
+    }
+    run_all(tasks, out / "runs", jobs, done)
+    return _write(out, [rows[name] for name in order])
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds of the runs that are done, for every method and
+    fraction; the deviation of a single run is NaN."""
+    found = []
+    for method, share in dict.fromkeys((row["method"], row["fraction"]) for row in rows):
+        same = [r for r in rows if (r["method"], r["fraction"]) == (method, share)]
+        good = [r for r in same if r["status"] == "done"]
+        entry = {"method": method, "fraction": share, "done": len(good)}
+        entry["failed"] = len(same) - len(good)
+        for name in _ACCURACIES:
+            values = [row[name] for row in good if name in row]
+            if values:
+                entry[f"{name}_mean"] = statistics.fmean(values)
+                entry[f"{name}_deviation"] = (
+                    statistics.stdev(values) if len(values) > 1 else math.nan
+                )
+        found.append(entry)
+    return found
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    text = io.StringIO()
+    table = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        table.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_whole(out / "results.csv", lambda stream: stream.write(text.getvalue().encode()))
+    results = {"runs": rows, "summary": summarize(rows)}
+    write_json(out / "results.json", results)
+    return results
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+def add_sweep_command(commands: Any) -> None:
+    """Adds ``sweep`` to the subparsers of the command line."""
+    one = commands.add_parser(
+        "sweep",
+        help="many trainings at once: methods x shares of the images x seeds",
+        description="Trains a classifier with every method on every share of the images with every "
+        "seed, several at a time, and writes results.csv, results.json and the folders of the "
+        "runs. Methods: " + ", ".join(OBJECTIVES) + ".",
+    )
+    one.add_argument("methods", metavar="METHODS", help="objectives, comma-separated")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep")
+    one.add_argument("--fractions", default="1", metavar="S,S", help="shares of the images; 1")
+    one.add_argument("--seeds", type=int, default=5, metavar="N", help="0 ... N - 1")
+    one.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    one.add_argument("--data", metavar="DIR", help="images; scikit-learn's digits if left out")
+    one.add_argument("--limit", type=int, metavar="N", help="only the first N images of each split")
+    one.add_argument("--classes", type=int, metavar="K", help="merge the classes into K")
+    one.add_argument("--network", metavar="NAME", help="by the images if left out")
+    one.add_argument("--preset", default="fast", help="fast (the default, for a CPU) or paper")
+    length = one.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float)
+    length.add_argument("--steps", type=int, help="instead of epochs")
+    one.add_argument("--batch", type=int)
+    one.add_argument("--lr", type=float)
+    one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
+    one.add_argument("--attack", metavar="NAMES", help="attack every network with these")
+    one.add_argument("--eps", type=float, default=0.3, help="radius of the attack")
+    one.add_argument("--step", type=float, default=0.01, help="length of its steps")
+    one.add_argument("--iters", type=int, default=40, help="how many")
+    one.add_argument("--resume", action="store_true", help="keep the runs that DIR has")
+    one.set_defaults(run=_command)
+
+
+def _command(args: argparse.Namespace) -> None:
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name}: expected at least 1, got {getattr(args, name)}")
+    runs = list(_runs(args.methods, args.fractions, args.seeds))
+    given: dict[str, Any] = {
+        field.name: getattr(args, field.name, None) for field in fields(Common)
+    }
+    given["settings"] = tuple(sorted(parse_settings(args.set).items()))
+    common = Common(**given)
+    results = sweep(runs, common, Path(args.out), jobs=args.jobs, resume=args.resume, say=say)
+    for entry in results["summary"]:
+        words = f"{entry['method']} on {100 * entry['fraction']:g} %: {entry['done']} done"
+        for name in _ACCURACIES:
+            if f"{name}_mean" in entry:
+                mean, deviation = entry[f"{name}_mean"], entry[f"{name}_deviation"]
+                words += f", {name.replace('_', ' ')} {100 * mean:.2f} +- {100 * deviation:.2f} %"
+        say(words)
+    spent = sum(row.get("training_seconds", 0.0) for row in results["runs"])
+    say(f"{args.out}/results.csv: {len(results['runs'])} runs, {clock(spent)} of training")
+    failed = sum(row["status"] == "failed" for row in results["runs"])
+    if failed:
+        raise RuntimeError(f"{failed} of {len(results['runs'])} runs, see {args.out}/results.csv")
+
+
+def _runs(methods: str, fractions: str, seeds: int) -> Iterator[Run]:
+    try:
+        shares = [float(part) for part in fractions.split(",")]
+    except ValueError:
+        raise InputError(f"fractions: expected numbers, got {fractions!r}") from None
+    for share in shares:
+        if not 0 < share <= 1:
+            raise InputError(f"fractions: expected 0 < S <= 1, got {share}")
+    for method in methods.split(","):
+        if method not in OBJECTIVES:
+            raise InputError(f"methods: expected some of {', '.join(OBJECTIVES)}, got {method!r}")
+        for share in shares:
+            for seed in range(seeds):
+                yield Run(method, share, seed)

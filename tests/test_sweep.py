@@ -1,0 +1,152 @@
+"""``levelset-ext sweep``: its table, going on after an interruption, runs that break."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from levelset_ext.cli import main
+from levelset_ext.recipes import sweep as recipe
+from levelset_ext.recipes.sweep import run_all, summarize
+
+pytest.importorskip("sklearn")  # joblib with it
+
+WORDS = ["--limit", "60", "--network", "convnet-2a", "--steps", "2", "--batch", "20"]
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def command(out: Path, methods: str = "cross-entropy,hinge", *more: str) -> int:
+    return main(["sweep", methods, "--out", str(out), "--fractions", "0.5,1", "--seeds", "2",
+                 *WORDS, *more])  # fmt: skip
+
+
+def test_a_table_of_all_runs_and_nothing_is_done_twice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    plain = recipe.train
+
+    def train(data: Any, test: Any, out: Path, *args: Any, **more: Any) -> Any:
+        trained.append(out.name)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return plain(data, test, out, *args, **more)
+
+    monkeypatch.setattr(recipe, "train", train)
+    out = tmp_path / "out"
+    assert command(out) == 130
+    assert len(table(out)) == 3
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/metrics.json")}
+    assert len(kept) == 3
+    capfd.readouterr()
+    assert command(out, "cross-entropy,hinge", "--resume", "--attack", "pgd-xent-2") == 2
+    assert "got other attack" in capfd.readouterr().err
+    assert command(out, "cross-entropy,hinge", "--resume") == 0
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    rows = table(out)
+    assert [(r["method"], r["fraction"], r["seed"], r["status"]) for r in rows] == [
+        (method, share, seed, "done")
+        for method in ("cross-entropy", "hinge")
+        for share in ("0.5", "1")
+        for seed in ("0", "1")
+    ]
+    assert {r["rows"] for r in rows if r["fraction"] == "1"} == {"60"}
+    assert max(int(r["rows"]) for r in rows if r["fraction"] == "0.5") < 40
+    assert len({r["clean_accuracy"] for r in rows}) > 2
+    captured = capfd.readouterr()
+    assert "run 8/8" in captured.err
+    assert "cross-entropy on 50 %: 2 done, clean accuracy" in captured.err
+    results = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in results["runs"]] == [row["method"] for row in rows]
+    first = results["summary"][0]
+    values = [float(row["clean_accuracy"]) for row in rows[:2]]
+    assert first["clean_accuracy_mean"] == pytest.approx(statistics.fmean(values))
+    assert first["clean_accuracy_deviation"] == pytest.approx(statistics.stdev(values))
+    assert "step 2/2" in (out / "runs" / "hinge-1-0" / "log.txt").read_text()
+
+
+def test_a_broken_run_is_reported_and_the_others_finish(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = recipe.train
+
+    def train(data: Any, test: Any, out: Path, *args: Any, **more: Any) -> Any:
+        if out.name == "hinge-0.5-1" and not (tmp_path / "mended").exists():
+            raise RuntimeError("something broke\nand more")
+        return plain(data, test, out, *args, **more)
+
+    monkeypatch.setattr(recipe, "train", train)
+    assert command(tmp_path / "out", "hinge", "--attack", "pgd-xent-2", "--eps", "0.1") == 1
+    err = capfd.readouterr().err
+    assert "hinge-0.5-1: failed: something broke (" in err
+    assert "failed: 1 of 4 runs, see" in err
+    rows = table(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["done", "failed", "done", "done"]
+    assert rows[1]["error"] == "something broke"
+    assert all(0 <= float(row["robust_accuracy"]) <= 1 for row in rows if row["status"] == "done")
+    log = (tmp_path / "out" / "runs" / "hinge-0.5-1" / "log.txt").read_text()
+    assert "Traceback" in log
+    (tmp_path / "mended").touch()  # tried again, and only it
+    more = ("--attack", "pgd-xent-2", "--eps", "0.1", "--resume")
+    assert command(tmp_path / "out", "hinge", *more) == 0
+    assert [row["status"] for row in table(tmp_path / "out")] == ["done"] * 4
+
+
+def work(folder: Path, kind: str) -> dict[str, Any]:
+    """What a run of the sweep below does."""
+    with (folder / f"{kind}.txt").open("a") as stream:
+        stream.write("x")
+    if kind == "dies":
+        os._exit(9)
+    if kind == "raises":
+        raise ValueError("no")
+    return {"kind": kind}
+
+
+@pytest.mark.slow
+def test_processes_that_die_take_no_other_along(tmp_path: Path) -> None:
+    """Two processes: one run ends its process, one raises, two are good."""
+    kinds = ("good", "dies", "raises", "better")
+    tasks = {kind: partial(work, tmp_path, kind) for kind in kinds}
+    found: dict[str, dict[str, Any]] = {}
+    run_all(tasks, tmp_path / "runs", 2, found.__setitem__)
+    assert found["good"] == {"status": "done", "error": "", "kind": "good"}
+    assert found["better"]["status"] == "done"
+    assert found["raises"] == {"status": "failed", "error": "no"}
+    assert found["dies"] == {"status": "failed", "error": "its process died 2 times"}
+    assert (tmp_path / "dies.txt").read_text() == "xx"
+
+
+def test_summary_of_what_is_done() -> None:
+    def row(seed: int, status: str, **more: float) -> dict[str, Any]:
+        return {"method": "m", "fraction": 1.0, "seed": seed, "status": status, **more}
+
+    (entry,) = summarize([row(0, "done", clean_accuracy=0.5), row(1, "failed")])
+    assert (entry["done"], entry["failed"], entry["clean_accuracy_mean"]) == (1, 1, 0.5)
+    assert entry["clean_accuracy_deviation"] != entry["clean_accuracy_deviation"]
+    assert "robust_accuracy_mean" not in entry
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["magic"], ["hinge", "--fractions", "0"], ["hinge", "--fractions", "a"],
+     ["hinge", "--seeds", "0"], ["hinge", "--jobs", "0"], ["hinge", "--lr", "-1"],
+     ["svm"], ["hinge", "--set", "nothing=1"], ["hinge", "--data", "/nowhere"]],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", *words, "--out", str(tmp_path / "out")]) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
