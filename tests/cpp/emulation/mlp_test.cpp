@@ -414,10 +414,13 @@ TEST(EmulatedMlp, NoRows) {
   run(net);
 }
 
-// What overflows in a layer must not meet the zeros that pad it.
+// A layer overflows and the next one's tanh brings it back; infinity must not meet the zeros that
+// pad the matrices.
 TEST(EmulatedMlp, InfinityThatAnActivationBringsBack) {
   Net net(2, {3, 3}, 1, Activation::kTanh, {}, false);
+  net.layers[0].shape.activation = Activation::kNone;
   std::fill(net.layers[0].inputs.begin(), net.layers[0].inputs.end(), 3e38f);
+  for (float& weight : net.layers[1].hidden) weight = std::fabs(weight);
   net.pack();
   Projection run(net, 2);
   run.start = {9.0f, 9.0f, -9.0f, -9.0f};
