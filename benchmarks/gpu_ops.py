@@ -1,12 +1,13 @@
 """Times the ops on a GPU, each checked against float64 first, and writes CSV and JSON.
 
-python benchmarks/gpu_ops.py --out FOLDER      rows.csv nearest.csv gpu_ops.json
+python benchmarks/gpu_ops.py --out FOLDER      rows.csv nearest.csv newton.csv gpu_ops.json
 python benchmarks/gpu_ops.py --drive           every kernel once, for compute-sanitizer
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import math
@@ -20,6 +21,9 @@ from typing import Any
 import torch
 
 import levelset_ext as ls
+from levelset_ext.bench import plain
+from levelset_ext.networks import MLP, ImplicitMLP, compiled_fields
+from levelset_ext.samplers import CapturedProjection
 
 raw = torch.ops.levelset_ext
 TEAMS = {"thread": 1, "warp": 2, "block": 3}
@@ -161,6 +165,94 @@ def bench_nearest() -> list[dict[str, Any]]:
     return table
 
 
+NETWORKS: dict[str, Callable[[], ImplicitMLP]] = {
+    "64 x 3": lambda: ImplicitMLP(3, 1, 64, 3, activation="softplus", beta=30.0),
+    "128 x 4": lambda: ImplicitMLP(3, 1, 128, 4, activation="softplus", beta=30.0),
+    "256 x 4": lambda: ImplicitMLP(3, 1, 256, 4, activation="relu"),
+    "509 x 8, input at every layer": lambda: ImplicitMLP(3, 1, 509, 8, skip=True),
+}
+ITERATIONS, TOL = 10, 1e-4
+
+
+def bench_newton() -> list[dict[str, Any]]:
+    """The fused loop against the generic one, its graph, and torch.compile; TF32 is off."""
+    table = []
+    for name, make in NETWORKS.items():
+        torch.manual_seed(0)
+        net = make().init_sphere_(0.6).cuda().requires_grad_(False)
+        wide = copy.deepcopy(net).cpu().double()
+        layers = [m.weight for m in net.modules() if isinstance(m, torch.nn.Linear)]
+        # Forward and backward of one row: two products with every matrix.
+        work = 4 * sum(w.numel() for w in layers)
+        for n in (1_000, 10_000, 100_000):
+            x = (2.2 * torch.rand(n, 3) - 1.1).cuda()
+            level = torch.zeros(n, 1, device="cuda")
+            some = slice(0, 2000)
+
+            def ours(net: Any = net, x: Any = x, automatic: bool = True) -> ls.LevelSetResult:
+                with compiled_fields(automatic), torch.no_grad():
+                    return ls.project(net, x, 0.0, ITERATIONS, TOL)
+
+            calls: dict[str, Callable[[], Any]] = {
+                "fused": ours,
+                "generic": lambda: ours(automatic=False),
+            }
+            with compiled_fields(False):
+                captured = CapturedProjection(net, x, max_iters=ITERATIONS, tol=TOL)
+            if captured.reason is None:
+                calls["generic, graph"] = lambda: captured(x)  # noqa: B023
+            else:
+                print(f"gpu_ops: {name}: {captured.reason}", file=sys.stderr)
+            if n == 10_000:  # compiling takes longer than all else
+                compiled = torch.compile(plain.by_vjp(net))
+                calls["torch.compile"] = lambda: plain.newton_all_rows(
+                    compiled,  # noqa: B023
+                    x,  # noqa: B023
+                    level,  # noqa: B023
+                    ITERATIONS,
+                    TOL,
+                )
+            reference = ours(wide, x[some].cpu().double())
+            for who, call in calls.items():
+                try:
+                    found = call()
+                except Exception as error:  # a compiler that is not complete on this machine
+                    print(f"gpu_ops: {name}: {who}: {error!s:.200}", file=sys.stderr)
+                    continue
+                # A rounding at a kink sends a row another way: a share, and the residuals of all.
+                apart = (found.points[some].cpu().double() - reference.points).norm(dim=1) > 1e-2
+                elsewhere = float((apart & reference.converged).double().mean())
+                claimed = (found.values - level).abs()[some, 0] <= TOL
+                exact = wide(found.points[some].cpu().double()).abs()[claimed.cpu()]
+                worst = float(exact.max()) if len(exact) else 0.0
+                if elsewhere > 0.02 or worst > 2 * TOL or not bool(claimed.any()):
+                    sys.exit(
+                        f"gpu_ops: {name}, {n} rows: {who}: {elsewhere:.1%} elsewhere, "
+                        f"|F| = {worst:.1e}"
+                    )
+                time = milliseconds(call, 10)
+                entry: dict[str, Any] = {"network": name, "n": n, "who": who, **time}
+                entry["converged"] = int((found.values - level).abs().le(TOL).sum())
+                entry["elsewhere"] = elsewhere
+                evaluations = int(ours().iterations.sum()) + n
+                entry["TFLOP_per_s"] = evaluations * work / time["median_ms"] / 1e9
+                table.append(entry)
+    return table
+
+
+def drive_fused() -> None:
+    """The fused kernel on every tile, with rows that end at different iterations and bad rows."""
+    for width, depth, l in ((20, 2, 1), (100, 2, 2), (200, 1, 1), (300, 1, 1)):  # noqa: E741
+        for activation in ("relu", "softplus"):
+            net = ImplicitMLP(3, l, width, depth, activation=activation, skip=True).cuda()
+            field = MLP.from_module(net)
+            x = torch.randn(400, 3).cuda()
+            x[7] = math.nan
+            with torch.no_grad():
+                ls.project(field, x, 0.01, 3, max_step=0.5, box=(-2.0, 2.0))
+                field.values(x)
+
+
 def drive() -> None:
     """Every kernel once on small inputs with bad rows among them."""
     for dtype in DTYPES:
@@ -186,6 +278,9 @@ def drive() -> None:
     for dtype in (torch.float32, torch.float64):
         for n, m, d in ((300, 5000, 3), (5, 600, 2), (40, 30, 5)):
             raw.nearest(torch.randn(n, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda())
+        start, end = torch.zeros(50, 3).to(dtype).cuda(), torch.randn(50, 3).to(dtype).cuda()
+        ls.false_position(lambda p: p.square().sum(1) - 0.3, start, end)
+    drive_fused()
     torch.cuda.synchronize()
     print("every kernel ran")
 
@@ -244,17 +339,25 @@ def main() -> int:
     if arguments.drive:
         drive()
         return 0
-    copy = copy_bandwidth()
-    rows, nearest = bench_rows(copy), bench_nearest()
+    bandwidth = copy_bandwidth()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write(arguments.out / "rows.csv", rows)
-    write(arguments.out / "nearest.csv", nearest)
-    result = {"environment": environment(copy), "rows": rows, "nearest": nearest}
-    (arguments.out / "gpu_ops.json").write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"environment": environment(bandwidth)}
+    # The most wanted first, each written at once: what is cut short has been worth its time.
+    for name, bench in (
+        ("newton", bench_newton),
+        ("nearest", bench_nearest),
+        ("rows", lambda: bench_rows(bandwidth)),
+    ):
+        result[name] = bench()
+        write(arguments.out / f"{name}.csv", result[name])
+        (arguments.out / "gpu_ops.json").write_text(json.dumps(result, indent=1) + "\n")
+    rows, nearest = result["rows"], result["nearest"]
     print("\n".join(switch_points(rows)))
     for row in nearest:
         print(f"nearest {row['dtype']} {row['n']} x {row['m']}: {row['median_ms']:.3f} ms")
-    print(f"device copy: {copy:.0f} GB/s")
+    for row in result["newton"]:
+        print(f"{row['network']}, {row['n']} rows, {row['who']}: {row['median_ms']:.3f} ms")
+    print(f"device copy: {bandwidth:.0f} GB/s")
     return 0
 
 

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 import levelset_ext as ls
+from levelset_ext import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {
@@ -19,6 +21,9 @@ KNOWN = {
     "newton_update_",
     "nearest",
     "bracket_update_",
+    "mlp_pack_",
+    "mlp_project",
+    "mlp_values",
 }
 OPS = sorted(
     name.split("::")[1]
@@ -27,7 +32,7 @@ OPS = sorted(
 )
 
 
-ON_CPU_ONLY = {op for op in OPS if op.startswith("mlp_")}  # elsewhere the module is called
+ON_CPU_ONLY = {"mlp_weight_gradient"}  # on CUDA no tape is kept
 
 
 @pytest.mark.parametrize("op", sorted(set(OPS) - ON_CPU_ONLY))
@@ -53,6 +58,26 @@ def test_build_info_names_toolkit_and_architectures():
     else:
         assert info["cuda_toolkit"] is None
         assert info["cuda_architectures"] == ""
+
+
+def test_the_fused_kernel_says_which_networks_it_takes():
+    def plan(*widths, d=3):
+        shapes = [(o, i, d if k == 0 else 0) for k, (i, o) in enumerate(pairwise((0, *widths)))]
+        return _C.mlp_cuda_plan(shapes)
+
+    if not ls.build_info()["cuda"]:
+        assert plan(64, 1) is None
+        return
+    # Bias, U^T of 3 rows, then W^T (64 rows) and W (1 row, padded to 16) of the last layer.
+    assert plan(64, 1)[0] == 64 * (1 + 3) + 64 * (1 + 64 + 16)
+    for widths in ((1,), (5, 2), (128,) * 4 + (1,), (512,) * 8 + (1,)):
+        packed, shared = plan(*widths)
+        assert packed > 0
+        assert shared <= 113 * 1024  # two blocks on a multiprocessor with 228 KiB
+    for widths, d in (((513, 1), 3), ((8, 3), 3), ((8, 1), 17), ((4,) * 24 + (1,), 3)):
+        assert plan(*widths, d=d) is None
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    assert ls.networks.MLP.from_module(net)._cuda_plan == plan(8, 1)
 
 
 def test_resource_check_skips_visibly_without_a_toolkit():

@@ -1,10 +1,11 @@
 """Registers, stack and spills of every CUDA kernel, for the architectures that are shipped.
 
 Compiles the CUDA sources for sm_80, sm_90 and sm_100 with warnings as errors and reads what ptxas
-reports. Fails if a kernel spills; a stack frame alone is an array that is indexed at run time, such
-as the factorisation for l > 2. Needs no GPU; without a CUDA toolkit it says so and exits with 0.
+reports. Fails if a kernel or a function that it calls spills; a stack frame alone is an array that
+is indexed at run time, such as the factorisation for l > 2. Needs no GPU; without a CUDA toolkit it
+says so and exits with 0.
 
-    python tools/check_cuda_resources.py [--json FILE] [--all] [--jobs N]
+    python tools/check_cuda_resources.py [--arch sm_90 ...] [--json FILE] [--markdown FILE] [--all]
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ["-O3", "-std=c++20", "--Werror", "all-warnings", "-Xptxas", "-v"]
 
+# Bytes that a kernel may keep on the stack around calls. The fused kernel calls its phases, each of
+# which has all registers, and so saves its two loop counters; the phases themselves may not spill.
+AROUND_CALLS = {"mlp_newton_tiles": 16}
+
+MARKS = ("<!-- resources -->", "<!-- end of resources -->")
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -55,18 +61,21 @@ def compile_one(nvcc: Path, source: str, architecture: str, folder: Path) -> str
 def kernels(report: str, architecture: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for block in re.split(r"(?=Compiling entry function)", report)[1:]:
-        entry, stack, used = ENTRY.search(block), STACK.search(block), USED.search(block)
-        if entry is None or stack is None or used is None:
+        entry, stacks, used = ENTRY.search(block), STACK.findall(block), USED.search(block)
+        if entry is None or not stacks or used is None:
             raise RuntimeError(f"ptxas reports in a form that is not understood:\n{block}")
         shared = SHARED.search(block)
+        # The first is the kernel's own, the others are of the functions that it calls.
+        own, *called = [[int(number) for number in numbers] for numbers in stacks]
         found.append(
             {
                 "symbol": entry[1],
                 "architecture": architecture,
                 "registers": int(used[1]),
-                "stack": int(stack[1]),
-                "spill_stores": int(stack[2]),
-                "spill_loads": int(stack[3]),
+                "stack": own[0],
+                "spill_stores": own[1],
+                "spill_loads": own[2],
+                "spills_in_calls": sum(numbers[1] + numbers[2] for numbers in called),
                 "shared": int(shared[1]) if shared else 0,
             }
         )
@@ -87,36 +96,71 @@ def describe(kernel: dict[str, Any], name: str) -> None:
     """Adds op, team, dtype and l, read off the kernel's C++ name."""
     rows = re.search(r"(\w+)_per_row<.*?(\w+)Op, \w+, (\d+), [\w:]+, (\w+)>", name)
     nearest = re.search(r"(nearest_\w+)<(\w+)(?:, (\d+))?>", name)
+    tiles = re.search(r"(mlp_\w+)<(\d+)>", name)
     if rows:
         team, op, outputs, dtype = rows.groups()
         kernel.update(op=op.lower(), team=team, dtype=dtype, outputs=int(outputs) or "any")
     elif nearest:
         op, dtype, dimension = nearest.groups()
         kernel.update(op=op, team="-", dtype=dtype, outputs=f"d={dimension}" if dimension else "-")
+    elif tiles:
+        kernel.update(op=tiles[1], team="block", dtype="float", outputs=f"W={tiles[2]}")
     else:
-        other = re.search(r"(\w+)<(.*)>", name)
-        op, dtype = other.groups() if other else (name, "-")
-        kernel.update(op=op, team="-", dtype=dtype, outputs="-")
+        other = re.search(r"(\w+)\(", name)
+        kernel.update(op=other[1] if other else name, team="-", dtype="float", outputs="-")
+
+
+def spills(kernel: dict[str, Any]) -> bool:
+    own = max(kernel["spill_stores"], kernel["spill_loads"])
+    return own > AROUND_CALLS.get(kernel["op"], 0) or kernel["spills_in_calls"] > 0
+
+
+def table(rows: list[dict[str, Any]], every: bool) -> list[list[str]]:
+    """A line per op, team and l with the largest numbers over dtypes, or for every kernel."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["architecture"], row["op"], row["team"], str(row["outputs"]))
+        groups.setdefault((*key, row["dtype"]) if every else (*key, "largest"), []).append(row)
+    lines = []
+    for key, group in sorted(groups.items()):
+        spilled = max(r["spill_stores"] + r["spill_loads"] + r["spills_in_calls"] for r in group)
+        numbers = [max(r[name] for r in group) for name in ("registers", "stack", "shared")]
+        lines.append([*key[:4], *map(str, numbers), str(spilled), key[4]])
+    return lines
+
+
+HEAD = ["arch", "op", "team", "l", "registers", "stack", "shared", "spills", "dtype"]
 
 
 def print_table(rows: list[dict[str, Any]], every: bool) -> None:
-    """One line per op, team and l with the largest numbers over dtypes, or every kernel."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["architecture"], row["op"], row["team"], str(row["outputs"]))
-        groups.setdefault((*key, row["dtype"]) if every else key, []).append(row)
-    layout = "{:7} {:16} {:7} {:5} {:>9} {:>6} {:>6}  {}"
-    print(layout.format("arch", "op", "team", "l", "registers", "stack", "spills", "dtype"))
-    for key, group in sorted(groups.items(), key=lambda item: [str(part) for part in item[0]]):
-        spills = max(r["spill_stores"] + r["spill_loads"] for r in group)
-        registers, stack = max(r["registers"] for r in group), max(r["stack"] for r in group)
-        dtype = key[4] if every else "largest"
-        print(layout.format(*key[:4], registers, stack, spills, dtype))
+    layout = "{:7} {:16} {:7} {:5} {:>9} {:>6} {:>7} {:>6}  {}"
+    for line in [HEAD, *table(rows, every)]:
+        print(layout.format(*line))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table with the architectures side by side, as the documentation has it."""
+    architectures = sorted({row["architecture"] for row in rows}, key=lambda name: int(name[3:]))
+    columns: dict[tuple[str, ...], dict[str, str]] = {}
+    for arch, op, team, outputs, registers, stack, shared, spilled, _ in table(rows, False):
+        numbers = " / ".join((registers, stack, shared, spilled))
+        columns.setdefault((op, team, outputs), {})[arch] = numbers
+    lines = [
+        "| kernel | team | l | " + " | ".join(architectures) + " |",
+        "|---" * (3 + len(architectures)) + "|",
+    ]
+    for key, found in sorted(columns.items()):
+        lines.append("| " + " | ".join([*key, *(found[a] for a in architectures)]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    parser.add_argument(
+        "--markdown", type=Path, help="put the table into this page, between its marks"
+    )
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="sm_80 sm_90 sm_100")
     parser.add_argument("--all", action="store_true", help="a line for every dtype")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     arguments = parser.parse_args()
@@ -125,7 +169,7 @@ def main() -> int:
     if nvcc is None:
         print("check_cuda_resources: skipped, CUDA_HOME does not name a CUDA toolkit")
         return 0
-    tasks = [(s, a) for s in cuda_sources() for a in ARCHITECTURES]
+    tasks = [(s, a) for s in cuda_sources() for a in arguments.arch]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         reports = pool.map(lambda t: compile_one(nvcc, t[0], t[1], Path(folder)), tasks)
@@ -141,7 +185,13 @@ def main() -> int:
     print_table(rows, arguments.all)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    spilling = [r for r in rows if r["spill_stores"] + r["spill_loads"]]
+    if arguments.markdown:
+        page = arguments.markdown.read_text()
+        head, _, rest = page.partition(MARKS[0])
+        _, _, tail = rest.partition(MARKS[1])
+        text = f"{head}{MARKS[0]}\n\n{markdown(rows)}\n{MARKS[1]}{tail}"
+        arguments.markdown.write_text(text)
+    spilling = [r for r in rows if spills(r)]
     for row in spilling:
         print(
             f"check_cuda_resources: {row['op']} (team {row['team']}, l {row['outputs']}, "

@@ -99,4 +99,19 @@ LEVELSET_HD void newton_update_row(const Team& team, const NewtonParams<S>& p, s
   if (team.leads()) p.status[point_row] = std::int8_t(after);
 }
 
+// A row whose last update was its last, judged by F at its point.
+template <typename S>
+LEVELSET_HD RowStatus last_verdict(const S* values, const S* level, int outputs, const S* point,
+                                   std::int64_t d, double tol) {
+  using A = typename Storage<S>::Arithmetic;
+  A largest = A(0);
+  for (int o = 0; o < outputs; ++o) {
+    largest = MaxKeepingNan<A>::combine(largest, A(fabs(load(values[o]) - load(level[o]))));
+  }
+  bool finite = largest <= FloatRange<A>::largest;
+  for (std::int64_t j = 0; j < d; ++j) finite = finite && load(point[j]) - load(point[j]) == A(0);
+  if (!finite) return RowStatus::kNonFinite;
+  return largest <= A(tol) ? RowStatus::kConverged : RowStatus::kMaxIterations;
+}
+
 }  // namespace levelset

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../core/newton_row.h"
 #include "../core/params.h"
 #include "../core/status.h"
 #include "rows.h"
@@ -251,20 +252,6 @@ void exchange(const MlpNet<S>& net, const MlpTile<S>& tile, Slots<S>& slots, std
   std::swap_ranges(slots.level_of(i), slots.level_of(i) + l, slots.level_of(j));
 }
 
-// A row whose last update was its last, judged by the values of its point.
-template <typename S>
-RowStatus judge(const S* values, const S* level, int outputs, double tol) {
-  S largest = S(0);
-  bool finite = true;
-  for (int o = 0; o < outputs; ++o) {
-    const S residual = std::fabs(values[o] - level[o]);
-    finite = finite && std::isfinite(residual);
-    largest = std::max(largest, residual);
-  }
-  if (!finite) return RowStatus::kNonFinite;
-  return largest <= S(tol) ? RowStatus::kConverged : RowStatus::kMaxIterations;
-}
-
 // Copies what a finished row leaves behind.
 template <typename S>
 void hand_over(const MlpProjectParams<S>& p, const MlpTile<S>& tile, std::int64_t slot,
@@ -314,7 +301,8 @@ std::int64_t evaluate(const MlpProjectParams<S>& p, const MlpTile<S>& tile, Slot
       // Rows that end here need an exact Jacobian: they go first.
       std::int64_t ends = 0;
       for (std::int64_t i = 0; i < fresh; ++i) {
-        const RowStatus verdict = judge(tile.values + i * l, slots.level_of(i), l, p.tol);
+        const RowStatus verdict = last_verdict(tile.values + i * l, slots.level_of(i), l,
+                                               tile.points + i * p.net.dimension, 0, p.tol);
         if (verdict == RowStatus::kMaxIterations && slots.iterations[i] < p.max_iters &&
             !slots.exact[i]) {
           continue;
@@ -406,10 +394,8 @@ void mlp_project(const MlpProjectParams<S>& p, const MlpTile<S>& tile,
         continue;
       }
       if (status == RowStatus::kMaxIterations) {
-        status = judge(tile.values + i * l, slots.level_of(i), int(l), p.tol);
-        for (std::int64_t j = 0; j < d; ++j) {
-          if (!std::isfinite(tile.points[i * d + j])) status = RowStatus::kNonFinite;
-        }
+        status = last_verdict(tile.values + i * l, slots.level_of(i), int(l), tile.points + i * d,
+                              d, p.tol);
       }
       hand_over(p, tile, i, row);
       p.status[row] = std::int8_t(status);

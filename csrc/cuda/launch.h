@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../core/params.h"
+#include "mlp_plan.h"
 
 namespace levelset::cuda {
 
@@ -39,5 +40,56 @@ std::int64_t nearest_splits(std::int64_t queries, std::int64_t cloud_size);
 
 template <typename S>
 cudaError_t nearest(const NearestParams<S>& params, cudaStream_t stream);
+
+// A strided matrix in device memory; `at` is null where it is missing.
+struct MlpMatrix {
+  const float* at;
+  std::int64_t row_stride, column_stride;
+};
+
+// One layer, to be packed as mlp_plan has placed it.
+struct MlpPackParams {
+  int width;                             // W of the plan
+  std::int64_t outputs, hidden, inputs;  // as in MlpLayer
+  MlpMatrix hidden_matrix;               // W_k, (outputs, hidden)
+  MlpMatrix input_matrix;                // U_k, (outputs, inputs)
+  const float* bias;                     // (outputs,) or null
+  std::int64_t bias_stride;
+  float* packed;  // where the layer's bias_at is
+};
+
+cudaError_t mlp_pack(const MlpPackParams& params, cudaStream_t stream);
+
+// Newton's iteration from `start`, or, where jacobian is null, F at `start` alone.
+struct MlpParams {
+  MlpLayer layers[kMlpLayers];
+  int count;            // layers, the linear one at the end among them
+  int dimension;        // d
+  int outputs;          // l
+  const float* packed;  // parameters
+  std::int64_t rows;    // n
+  const float* start;   // (n, d)
+  const float* level;   // c, (n, l), or (1, l) with level_stride 0
+  std::int64_t level_stride;
+  const float* lower;  // (d,) or null
+  const float* upper;  // (d,) or null
+  std::int64_t max_iters;
+  double tol;
+  double max_step;
+  float* points;             // (n, d)
+  float* values;             // (n, l)
+  float* jacobian;           // (n, l, d), or null: then neither points, status nor iterations
+  std::int8_t* status;       // (n,)
+  std::int32_t* iterations;  // (n,)
+  float* slopes;             // (blocks, hidden layers, kMlpTile) scratch; unused without jacobian
+  unsigned long long* next;  // scratch: the first row that nobody has taken
+};
+
+// Blocks that work on so many rows, and for which `slopes` needs room. Also makes the kernel ready
+// for the plan's shared memory; an error where this device has not that much.
+cudaError_t mlp_blocks(const MlpPlan& plan, std::int64_t rows, std::int64_t* blocks);
+
+cudaError_t mlp_newton(const MlpParams& params, const MlpPlan& plan, std::int64_t blocks,
+                       cudaStream_t stream);
 
 }  // namespace levelset::cuda

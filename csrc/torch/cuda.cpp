@@ -2,10 +2,11 @@
 // launch. Compiles and links without a GPU and against a CPU build of torch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
 #include "../cuda/launch.h"
 #include "bracket.h"
+#include "cuda.h"
 #include "rows.h"
 
 // A CPU build of torch lacks this symbol. Weak, it lets the module load there; no tensor on a CUDA
@@ -13,9 +14,6 @@
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
 
 namespace levelset::glue {
-namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 cudaStream_t current_stream(const Tensor& t) {
   require(aoti_torch_get_current_cuda_stream != nullptr,
@@ -28,6 +26,8 @@ cudaStream_t current_stream(const Tensor& t) {
 void check_launch(cudaError_t error, const char* op) {
   require(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
 }
+
+namespace {
 
 void expect_team(std::int64_t team) {
   require(team >= 0 && team <= 3,

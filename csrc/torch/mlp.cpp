@@ -3,61 +3,31 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 
 #include "../cpu/mlp.h"
 #include "checks.h"
+#include "mlp_checks.h"
 #include "rows.h"
 
 namespace levelset::glue {
 namespace {
 
-constexpr std::int64_t kLayoutColumns = 4, kScaleColumns = 2;
-
-// The layers that `layout` (layers, 4) int64 and `scales` (layers, 2) float64 describe, and where
-// they are in `packed`, and in `coarse` if it is not empty.
+// The layers, and where they are in `packed`, and in `coarse` if it is not empty.
 std::vector<MlpLayer> read_layers(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
                                   const Tensor& scales) {
-  expect_dim(layout, "layout", "(layers, 4)", 2);
-  const std::int64_t count = layout.size(0);
-  require(count >= 1, "layout: expected at least one layer, got none");
-  expect_shape(layout, "layout", "(layers, 4)", {count, kLayoutColumns});
-  expect_dtype(layout, "layout", ScalarType::Long);
-  expect_contiguous(layout, "layout");
-  expect_shape(scales, "scales", "(layers, 2)", {count, kScaleColumns});
-  expect_dtype(scales, "scales", ScalarType::Double);
-  expect_contiguous(scales, "scales");
+  std::vector<MlpLayer> layers = check_layers(layout, scales);
   expect_dim(packed, "packed", "(numbers,)", 1);
   expect_contiguous(packed, "packed");
   expect_floating(packed, "packed");
   expect_dim(coarse, "coarse", "(numbers,)", 1);
   expect_contiguous(coarse, "coarse");
   expect_dtype(coarse, "coarse", ScalarType::Int);
-  const auto* numbers = static_cast<const std::int64_t*>(layout.const_data_ptr());
-  const auto* factors = static_cast<const double*>(scales.const_data_ptr());
-  std::vector<MlpLayer> layers;
-  std::int64_t before = 0, at = 0, coarse_at = 0, dimension = 0;
-  for (std::int64_t k = 0; k < count; ++k) {
-    const std::int64_t* row = numbers + k * kLayoutColumns;
-    MlpLayer layer{};
-    layer.outputs = row[0];
-    layer.hidden = row[1];
-    layer.inputs = row[2];
-    layer.activation = Activation(row[3]);
-    layer.sharpness = factors[k * kScaleColumns];
-    layer.threshold = factors[k * kScaleColumns + 1];
-    if (k == 0) dimension = layer.inputs;
-    require(layer.outputs >= 1 && dimension >= 1 && layer.hidden == before &&
-                (layer.inputs == 0 || layer.inputs == dimension) && row[3] >= 0 && row[3] <= 5,
-            "layout: layer ", k, " does not fit the ones before it");
+  std::int64_t at = 0, coarse_at = 0;
+  for (MlpLayer& layer : layers) {
     at = packed.scalar_type() == ScalarType::Double ? cpu::mlp_place<double>(layer, at)
                                                     : cpu::mlp_place<float>(layer, at);
     coarse_at = cpu::mlp_place_coarse(layer, coarse_at);
-    before = layer.outputs;
-    layers.push_back(layer);
   }
-  require(layers.back().activation == Activation::kNone,
-          "layout: expected a last layer without activation");
   expect_shape(packed, "packed", "(numbers,)", {at});
   if (coarse.size(0) > 0) {
     expect_shape(coarse, "coarse", "(numbers,)", {coarse_at});
@@ -89,22 +59,8 @@ void mlp_pack_(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
                const Tensor& scales, std::int64_t index, const std::optional<Tensor>& hidden,
                const std::optional<Tensor>& inputs, const std::optional<Tensor>& bias) {
   const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
-  require(index >= 0 && index < std::int64_t(layers.size()), "index: expected a layer, 0 to ",
-          layers.size() - 1, ", got ", index);
+  check_weights(layers, index, packed, hidden, inputs, bias);
   const MlpLayer& layer = layers[index];
-  const auto check = [&](const std::optional<Tensor>& t, const char* name, std::int64_t columns) {
-    require(t.has_value() == (columns > 0), name, ": expected ", columns > 0 ? "a matrix" : "None",
-            " for layer ", index);
-    if (!t.has_value()) return;
-    expect_shape(*t, name, "(outputs, columns)", {layer.outputs, columns});
-    expect_same_kind(*t, name, packed, "packed");
-  };
-  check(hidden, "hidden", layer.hidden);
-  check(inputs, "inputs", layer.inputs);
-  if (bias.has_value()) {
-    expect_shape(*bias, "bias", "(outputs,)", {layer.outputs});
-    expect_same_kind(*bias, "bias", packed, "packed");
-  }
   with_wide_dtype(packed.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     cpu::mlp_pack<S>(layer, matrix_of<S>(hidden), matrix_of<S>(inputs),
@@ -143,26 +99,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_project(
     const std::optional<Tensor>& upper, std::int64_t max_iters, double tol, double max_step,
     bool keep, std::int64_t threads) {
   const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
-  expect_dim(points, "points", "(n, d)", 2);
+  check_projection(layers, packed, points, level, lower, upper, max_iters, tol, max_step);
   const std::int64_t n = points.size(0), d = layers.front().inputs, l = layers.back().outputs;
-  expect_outputs(l);
-  expect_shape(points, "points", "(n, d)", {n, d});
-  expect_same_kind(points, "points", packed, "packed");
-  expect_dim(level, "level", "(n, l) or (1, l)", 2);
   const bool one_level = level.size(0) == 1;
-  expect_shape(level, "level", "(n, l) or (1, l)", {one_level ? 1 : n, l});
-  expect_same_kind(level, "level", packed, "packed");
-  const auto check = [&](const std::optional<Tensor>& t, const char* name) {
-    if (!t.has_value()) return;
-    expect_shape(*t, name, "(d,)", {d});
-    expect_same_kind(*t, name, packed, "packed");
-  };
-  check(lower, "lower");
-  check(upper, "upper");
-  require(max_iters >= 0 && max_iters <= std::numeric_limits<std::int32_t>::max(),
-          "max_iters: expected 0 to 2^31 - 1, got ", max_iters);
-  require(tol >= 0, "tol: expected a number >= 0, got ", tol);
-  require(max_step > 0, "max_step: expected a length > 0, got ", max_step);
   require(threads >= 1, "threads: expected at least 1, got ", threads);
 
   std::int64_t widths = 0;

@@ -1,14 +1,18 @@
 // The Python module levelset_ext._C: op schemas for torch, and what Python must not copy by hand.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstddef>
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../core/limits.h"
 #include "../core/params.h"
 #include "../core/status.h"
 #include "../cpu/mlp.h"
+#include "../cuda/mlp_plan.h"
 
 // `team` chooses who works on a row on CUDA: 0 automatic, 1 thread, 2 warp, 3 block. The CPU
 // ignores it.
@@ -60,6 +64,28 @@ std::tuple<std::int64_t, std::int64_t> mlp_packed_size(std::int64_t outputs, std
   return {size, levelset::cpu::mlp_place_coarse(layer, 0)};
 }
 
+// What the fused CUDA kernel needs for a network, given (outputs, hidden, inputs) of every layer:
+// (numbers of packed parameters, bytes of shared memory a block), or None where it takes no such
+// network or is not in this build.
+std::optional<std::tuple<std::int64_t, int>> mlp_cuda_plan(
+    const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes) {
+#if defined(LEVELSET_WITH_CUDA)
+  std::vector<levelset::MlpLayer> layers;
+  for (const auto& [outputs, hidden, inputs] : shapes) {
+    levelset::MlpLayer layer{};
+    layer.outputs = outputs;
+    layer.hidden = hidden;
+    layer.inputs = inputs;
+    layers.push_back(layer);
+  }
+  if (layers.empty()) return std::nullopt;
+  const levelset::cuda::MlpPlan plan =
+      levelset::cuda::mlp_plan(layers.data(), int(layers.size()), layers.front().inputs);
+  if (plan.width > 0) return std::tuple(plan.packed, plan.shared_bytes);
+#endif
+  return std::nullopt;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -102,6 +128,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("mlp_activations") = activations;
   module.def("mlp_packed_size", &mlp_packed_size, pybind11::arg("outputs"), pybind11::arg("hidden"),
              pybind11::arg("inputs"), pybind11::arg("double_precision"));
+  module.def("mlp_cuda_plan", &mlp_cuda_plan, pybind11::arg("shapes"));
   module.attr("mlp_mixed") = levelset::cpu::coarse_kernels() != nullptr;
   module.attr("mlp_vector_bytes") =
       int(levelset::cpu::vector_kernels<float>().lanes * sizeof(float));

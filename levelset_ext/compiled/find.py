@@ -43,7 +43,7 @@ def compiled_field(fn: Any, x: Tensor) -> MLP | None:
         return fn if fn.takes(x) else None
     if not _enabled or type(fn) is nn.Module or not isinstance(fn, nn.Module) or x.dim() != 2:
         return None
-    if x.device.type != "cpu" or x.shape[1] == 0 or torch.compiler.is_compiling():
+    if x.device.type not in ("cpu", "cuda") or x.shape[1] == 0 or torch.compiler.is_compiling():
         return None
     if in_transform() or torch.get_default_device().type != "cpu":
         return None

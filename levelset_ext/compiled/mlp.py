@@ -38,15 +38,16 @@ class MLP:
 
     It is a :data:`~levelset_ext.field.Field`: every sampler, :func:`~levelset_ext.sample_network`
     and every loss takes it in the place of the module, whose parameters it reads in place, in eval
-    mode. On the CPU, float32 and float64:
+    mode. On the CPU in float32 and float64, and on CUDA in float32 for networks of up to 24 layers,
+    512 units, 16 inputs and 2 outputs:
 
     * :func:`~levelset_ext.project` runs the whole iteration in one compiled loop, where a row that
       is done makes room for the next one. The result of a row does not depend on the rows beside it
-      nor on the number of threads.
-    * What was found with gradients enabled remembers the last evaluation (``result.tape``), and the
-      sample network takes the gradient in theta from it instead of evaluating the network again,
-      as long as the parameters have not changed. It is first order only: use the module itself for
-      second derivatives in theta.
+      nor on the number of threads. On CUDA the loop is one launch.
+    * On the CPU, what was found with gradients enabled remembers the last evaluation
+      (``result.tape``), and the sample network takes the gradient in theta from it instead of
+      evaluating the network again, as long as the parameters have not changed. It is first order
+      only: use the module itself for second derivatives in theta.
 
     Elsewhere (other devices and dtypes, points that require a gradient) the module is called.
     """
@@ -64,6 +65,17 @@ class MLP:
         self.dimension, self._flat = reader.chain.dimension, reader.flat
         self._layers = reader.chain.layers
         self.outputs = self._layers[-1].outputs
+        widths = [0, *(layer.outputs for layer in self._layers)]
+        self._cuda_plan = _C.mlp_cuda_plan(
+            [
+                (
+                    layer.outputs,
+                    0 if layer.hidden is None else before,
+                    0 if layer.inputs is None else self.dimension,
+                )
+                for before, layer in zip(widths, self._layers, strict=False)
+            ]
+        )
         self._sources = [*self.module.parameters(), *self.module.buffers()]
         if not self._sources:
             raise NotAnMLP("it has no parameters")
@@ -113,19 +125,18 @@ class MLP:
     @torch.no_grad()
     def _check(self) -> None:
         """Compares with the module at a few points: a trace may miss what plain Python decided."""
-        if self._sources[0].device.type != "cpu" or self.dtype not in (
-            torch.float32,
-            torch.float64,
-        ):
+        device = self._sources[0].device
+        if not self._runs_on(device):
             return
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(
             8, self.dimension, generator=generator, dtype=torch.float64, device="cpu"
-        ).to(self.dtype)
+        ).to(device, self.dtype)
         expected = self.module(x).reshape(8, -1)
         found = self.values(x)
         scale = 1.0 + expected.abs().amax()
-        rounding = 1e4 * torch.finfo(self.dtype).eps
+        # On CUDA the module itself may multiply in TF32.
+        rounding = (1e4 if device.type == "cpu" else 1e5) * torch.finfo(self.dtype).eps
         if expected.shape != found.shape or not (expected - found).abs().amax() <= rounding * scale:
             raise NotAnMLP("its output differs from what its layers say")
 
@@ -133,18 +144,25 @@ class MLP:
     def dtype(self) -> torch.dtype:
         return self._sources[0].dtype
 
+    def _runs_on(self, device: torch.device) -> bool:
+        """Whether the compiled loop is there for this device, the dtype and the layers."""
+        if device.type == "cpu":
+            return self.dtype in (torch.float32, torch.float64)
+        if device.type != "cuda" or self.dtype != torch.float32 or self._cuda_plan is None:
+            return False
+        return self._cuda_plan[1] <= _shared_memory_of(device)
+
     def takes(self, x: Tensor) -> bool:
         """Whether the compiled loop can evaluate these points, (n, d)."""
         return (
             x.dim() == 2
             and x.shape[1] == self.dimension
             and x.dtype == self.dtype
-            and self.dtype in (torch.float32, torch.float64)
-            and x.device.type == "cpu"
-            and all(s.device.type == "cpu" and s.dtype == x.dtype for s in self._sources)
+            and self._runs_on(x.device)
+            and all(s.device == x.device and s.dtype == x.dtype for s in self._sources)
             and not torch.compiler.is_compiling()
             and not in_transform()
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(x.device.type)
             and type(x) is Tensor
         )
 
@@ -153,6 +171,8 @@ class MLP:
         if x.requires_grad or not self.takes(x):
             return self.module(x)
         if torch.is_grad_enabled() and any(s.requires_grad for s in self._sources):
+            if x.device.type != "cpu":
+                return self.module(x)
             tape = self.evaluate(x, keep=True).tape
             assert tape is not None
             values = tape.values()
@@ -181,6 +201,7 @@ class MLP:
     ) -> LevelSetResult:
         """The loop behind :func:`~levelset_ext.project`; level (n, l) or (1, l)."""
         pack = self.packed()
+        keep = keep and x.device.type == "cpu"
         points, values, jacobian, status, iterations, hidden, deltas = (
             torch.ops.levelset_ext.mlp_project(
                 *pack.tensors,
@@ -230,7 +251,8 @@ class MLP:
         """The parameters as the compiled loop reads them, packed anew where they have changed."""
         pack = self._pack
         if pack is None or not pack.holds(self._sources):
-            self._pack = pack = _Pack(self._layers, self._sources, self.mixed, pack)
+            plan = None if self._sources[0].device.type == "cpu" else self._cuda_plan
+            self._pack = pack = _Pack(self._layers, self._sources, self.mixed, plan, pack)
         return pack
 
     def weights(self) -> list[Tensor]:
@@ -265,6 +287,7 @@ class _Pack:
         layers: Sequence[Layer],
         sources: Sequence[Tensor],
         mixed: bool,
+        cuda_plan: tuple[int, int] | None,
         before: _Pack | None,
     ) -> None:
         _Pack._serials += 1
@@ -272,7 +295,7 @@ class _Pack:
         self._versions = _versions(sources)
         # Memory is taken over from the pack before, which is not used any more.
         self._copies: list[Tensor] = [] if before is None else before._copies
-        if [c.shape for c in self._copies] != [s.shape for s in sources]:
+        if [(c.shape, c.device) for c in self._copies] != [(s.shape, s.device) for s in sources]:
             self._copies = [torch.empty_like(s, requires_grad=False) for s in sources]
         torch._foreach_copy_(self._copies, [s.detach() for s in sources])
         rows, scales, read, numbers, pairs = [], [], [], 0, 0
@@ -285,12 +308,14 @@ class _Pack:
             numbers, pairs = numbers + size[0], pairs + size[1]
             rows.append([layer.outputs, hidden, inputs, _C.mlp_activations[layer.activation]])
             scales.append([layer.sharpness, layer.threshold])
+        if cuda_plan is not None:
+            mixed, numbers = False, cuda_plan[0]
         packed, coarse = (None, None) if before is None else before.tensors[:2]
-        if packed is None or len(packed) != numbers:
+        if packed is None or len(packed) != numbers or packed.device != sources[0].device:
             packed = sources[0].new_empty(numbers)
         pairs = pairs if mixed and sources[0].dtype == torch.float32 else 0
         if coarse is None or len(coarse) != pairs:
-            coarse = torch.empty(pairs, dtype=torch.int32)
+            coarse = torch.empty(pairs, dtype=torch.int32, device="cpu")
         self.tensors: tuple[Tensor, Tensor, Tensor, Tensor] = (
             packed,
             coarse,
@@ -303,8 +328,17 @@ class _Pack:
     def holds(self, sources: Sequence[Tensor]) -> bool:
         if _versions(sources) != self._versions:
             return False
+        if sources[0].device.type != "cpu":  # wait for the device once, not for every tensor
+            pairs = zip(self._copies, sources, strict=True)
+            return not bool(torch.stack([(c != s).any() for c, s in pairs]).any())
         return all(torch.equal(c, s) for c, s in zip(self._copies, sources, strict=True))
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), t._version) for t in tensors]
+
+
+def _shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have on a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))

@@ -26,13 +26,19 @@ wait
 compile "$root/csrc" "$root/csrc/cuda/pinv_apply.cu" "$work/pinv_apply.o" &
 compile "$root/csrc" "$root/csrc/cuda/newton_update.cu" "$work/newton_update.o"
 wait
-compile "$root/csrc" "$here/nearest_test.cpp" "$work/nearest_test.o"
+compile "$root/csrc" "$here/nearest_test.cpp" "$work/nearest_test.o" &
 compile "$root/csrc" "$root/csrc/cuda/nearest.cu" "$work/nearest.o"
+wait
+compile "$root/csrc" "$here/mlp_test.cpp" "$work/mlp_test.o" &
+compile "$root/csrc" "$root/csrc/cuda/mlp.cu" "$work/mlp.o"
+wait
 
 rows_objects="rows_test pinv_apply pinv_adjoint newton_update"
 nearest_objects="nearest_test nearest"
+mlp_objects="mlp_test mlp"
 rows_filter='EmulatedRows/0.Adjoint*:EmulatedRows/0.Bad*'
 nearest_filter='EmulatedNearest/0.*'
+mlp_filter='EmulatedMlp.EveryActivation*:EmulatedMlp.Infinity*'
 failed=0
 
 # mutate WHAT FILE SED: FILE is below csrc; the unit that is compiled again follows from it.
@@ -49,6 +55,7 @@ mutate() {
   fi
   case $2 in
     cuda/nearest.cu) unit=nearest objects=$nearest_objects filter=$nearest_filter ;;
+    cuda/mlp*) unit=mlp objects=$mlp_objects filter=$mlp_filter ;;
     *) unit=pinv_adjoint objects=$rows_objects filter=$rows_filter ;;
   esac
   compile "$work/csrc" "$work/csrc/cuda/$unit.cu" "$work/mutant.o"
@@ -95,4 +102,13 @@ mutate "no barrier before the tile is filled again" cuda/nearest.cu \
   '1,/^    __syncthreads\(\);$/!{0,/^    __syncthreads\(\);$/s/^    __syncthreads\(\);$//}'
 mutate "parts of the cloud overlap by nothing but their last point" cuda/nearest.cu \
   's/min\(first \+ part, p\.cloud_size\)/min(first + part - 1, p.cloud_size)/'
+mutate "fused kernel as it is" cuda/mlp.cu ""
+mutate "no barrier before a layer's result takes the place of its input" cuda/mlp_products.cuh \
+  '/if \(left > kPanel\) put/{n;s/__syncthreads\(\);//}'
+mutate "no barrier between the deltas and what they add to the Jacobian" cuda/mlp.cu \
+  '/for \(--k;; --k\)/{n;s/__syncthreads\(\);//}'
+mutate "slots of different warps are given the same rows" cuda/mlp.cu \
+  's/row \+= wanted\[w\];/row += 0 * wanted[w];/'
+mutate "a matrix is read to the end of its last panel" cuda/mlp_products.cuh \
+  's/if \(left >= kPanel\)/if (left > 0)/'
 exit $failed

@@ -1,0 +1,173 @@
+"""Compiled fields on a CUDA device against the modules they were made of, in float64."""
+
+import math
+
+import pytest
+import torch
+from test_compiled import NETWORKS, SkipIn, close, points, with_weights
+from torch import nn
+
+import levelset_ext as ls
+from levelset_ext.networks import MLP, ImplicitMLP, compiled_fields, fc1, fc2
+from levelset_ext.result import Status
+
+pytestmark = pytest.mark.cuda
+
+LARGE = {
+    "FC-1": lambda: fc1(1),
+    "128 x 4": lambda: ImplicitMLP(3, 1, 128, 4, activation="softplus", beta=100.0),
+    "FC-2": fc2,
+    "256 x 3": lambda: ImplicitMLP(3, 2, 256, 3, activation="relu", skip=True),
+}
+FUSED = {**NETWORKS, **LARGE}
+UNFIT = {"five outputs"}  # l = 5
+
+
+def network(name, device="cuda"):
+    net = with_weights(FUSED[name]()).to(device)
+    return net, MLP.from_module(net)
+
+
+def exact(net, x):
+    """F and D_xF in float64 on the CPU."""
+    import copy
+
+    with compiled_fields(False):
+        return ls.value_and_jacobian(copy.deepcopy(net).cpu().double(), x.cpu().double())
+
+
+@pytest.mark.parametrize("name", sorted(set(FUSED) - UNFIT))
+def test_values_and_jacobian_are_those_of_the_module(name):
+    net, field = network(name)
+    x = points(333, field.dimension, torch.float32).cuda()
+    assert field.takes(x)
+    F, J = exact(net, x)
+    found = field.evaluate(x)
+    close(found.values.cpu(), F.float())
+    close(found.jacobian.cpu(), J.float())
+    assert torch.equal(field.values(x), found.values)
+    with torch.no_grad():
+        assert field(x).shape == net(x).shape
+
+
+@pytest.mark.parametrize("name", sorted(set(FUSED) - UNFIT))
+def test_projection_is_newtons_on_the_module(name):
+    net, field = network(name)
+    x = points(1500, field.dimension, torch.float32).cuda()
+    options = {"max_iters": 5, "tol": 1e-4, "max_step": 0.5, "box": (-3.0, 2.5)}
+    with compiled_fields(False):
+        level = field.values(0.3 * x[:5]).mean(0)
+        slow = ls.project(net, x, level, **options)
+    fast = ls.project(net, x, level, **options)
+    assert torch.equal(fast.points, ls.project(field, x, level, **options).points)
+    alike = (fast.status == slow.status) & (fast.points - slow.points).abs().amax(1).le(1e-3)
+    # A rounding at a kink of ReLU, or at the tolerance, sends a few rows another way.
+    assert alike.float().mean() > 0.97
+    torch.testing.assert_close(fast.level, slow.level)
+    F, J = exact(net, fast.points)
+    close(fast.values.cpu(), F.float())
+    close(fast.jacobian.cpu(), J.float())
+    assert (fast.residual[fast.converged] <= 1e-4).all()
+
+
+def test_every_status():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).cuda()
+    with torch.no_grad():  # F = relu(x) + relu(y) - 1
+        net[0].weight.copy_(torch.eye(2))
+        net[0].bias.zero_()
+        net[2].weight.fill_(1.0)
+        net[2].bias.fill_(-1.0)
+    x = torch.tensor([[0.5, 0.5], [3.0, 3.0], [-1.0, -1.0], [math.nan, 1.0], [math.inf, 0.0]])
+    x = x.cuda()
+    S = Status
+    r = ls.project(MLP.from_module(net), x, max_iters=1)
+    expected = [S.CONVERGED, S.CONVERGED, S.RANK_DEFICIENT, S.NON_FINITE, S.NON_FINITE]
+    assert r.status.tolist() == expected
+    assert r.iterations.tolist() == [0, 1, 0, 0, 0]
+    assert ls.project(net, x[:2], max_iters=0).status.tolist() == [S.CONVERGED, S.MAX_ITERATIONS]
+    r = ls.project(net, x[1:2], box=(2.9, 3.0), max_iters=5)
+    assert r.status.tolist() == [S.STALLED]
+
+
+@pytest.mark.parametrize("name", ["silu, skip True", "128 x 4", "256 x 3", "FC-2"])
+def test_rows_do_not_depend_on_rows_beside_them(name):
+    _, field = network(name)
+    x = points(70_000, 3, torch.float32).cuda()  # more than all slots
+    x[13] = math.nan
+    together = ls.project(field, x, max_iters=6)
+    for _ in range(3):
+        again = ls.project(field, x, max_iters=6)
+        for part in ("points", "values", "jacobian", "status", "iterations"):
+            a, b = getattr(again, part), getattr(together, part)
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), part
+    for i in (0, 12, 14, 33_333, 69_999):
+        alone = ls.project(field, x[i : i + 1], max_iters=6)
+        assert torch.equal(alone.points[0], together.points[i])
+        assert torch.equal(alone.jacobian[0], together.jacobian[i])
+
+
+def test_activations_far_out():
+    z = torch.cat([torch.linspace(-120, 120, 997), torch.tensor([0.0, 1e-30, 1e5, -1e5])]).cuda()
+    for layer in (nn.ReLU(), nn.SiLU(), nn.Softplus(2.0), nn.Tanh()):
+        net = nn.Sequential(nn.Linear(1, 1), layer, nn.Linear(1, 1)).cuda()
+        with torch.no_grad():
+            for linear in (net[0], net[2]):
+                linear.weight.fill_(1.0)
+                linear.bias.zero_()
+        found = MLP.from_module(net).evaluate(z[:, None])
+        F, J = exact(net, z[:, None])
+        torch.testing.assert_close(found.values.double().cpu(), F, rtol=2e-6, atol=1e-30)
+        torch.testing.assert_close(found.jacobian.double().cpu(), J, rtol=1e-5, atol=1e-6)
+
+
+def test_a_changed_parameter_is_noticed_also_on_another_device():
+    net, field = network("skip")
+    x = points(30, 3, torch.float32).cuda()
+    before = field.values(x)
+    with torch.no_grad():
+        net.lin1.weight.data.mul_(1.5)
+    assert not torch.equal(field.values(x), before)
+    close(field.values(x), net(x).detach(), 1e5)
+    net.cpu()
+    close(field.values(x.cpu()), net(x.cpu()).detach())
+    net.cuda()
+    close(field.values(x), net(x).detach(), 1e5)
+
+
+def test_gradients_go_through_the_module():
+    net, field = network("skip")
+    x = points(40, 3, torch.float32).cuda()
+    result = ls.project(field, x, 0.1, 4)
+    assert result.tape is None
+    fast = torch.autograd.grad(ls.sample_network(field, result).sum(), net.lin1.weight)[0]
+    slow = torch.autograd.grad(ls.sample_network(net, result).sum(), net.lin1.weight)[0]
+    torch.testing.assert_close(fast, slow)
+
+
+def test_what_does_not_fit_runs_as_the_module():
+    for net, d in (
+        (with_weights(NETWORKS["five outputs"]()), 6),
+        (ImplicitMLP(3, 1, 600, 2), 3),
+        (SkipIn(lambda layer: layer).double(), 3),
+    ):
+        net = net.cuda()
+        x = points(5, d, next(net.parameters()).dtype).cuda()
+        assert not MLP.from_module(net).takes(x)
+        result = ls.project(net, x, max_iters=1)
+        close(result.values, ls.value_and_jacobian(net, result.points)[0], 1e5)
+
+
+def test_empty_batch_and_another_stream():
+    _, field = network("skip")
+    assert ls.project(field, torch.zeros(0, 3, device="cuda")).jacobian.shape == (0, 1, 3)
+    x = points(500, 3, torch.float32).cuda()
+    expected = ls.project(field, x, max_iters=3).points
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        found = ls.project(field, late, max_iters=3).points
+    stream.synchronize()
+    assert torch.equal(found, expected)
