@@ -32,6 +32,7 @@ TEXTS: dict[str, Section] = {
     "equal_mnist": partial(robustness.equal, name="equal_mnist", what="MNIST"),
     "equal_mnist_autoattack": robustness.autoattack_parts,
     "cifar10": robustness.cifar10,
+    "batch_norm": robustness.batch_norm,
     "distances": robustness.distances,
     "convergence": robustness.convergence,
     "train_step": robustness.train_step,
@@ -82,7 +83,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "Curves": ("curves", "figure3"),
     "Robust classifiers": (
         "robust_mnist", "equal_digits", "equal_mnist", "equal_mnist_autoattack", "transfer_mnist",
-        "cifar10", "attack_strength", "distances", "convergence", "train_step",
+        "cifar10", "batch_norm", "attack_strength", "distances", "convergence", "train_step",
     ),
     "Few images, and the plane": ("figure2", "figure1", "figure_a1"),
     "The search itself": ("newton",),

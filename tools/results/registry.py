@@ -372,6 +372,29 @@ RESULTS: tuple[Result, ...] = (
         full_minutes=6000,
     ),
     Result(
+        "batch_norm",
+        "A network with batch normalisation: ResNet-18 on the digits",
+        "Section 5.2 (its low figure for ResNet-18, laid to batch norm)",
+        ("batch_norm_robust.json", "batch_norm_cross-entropy.json"),
+        tuple(
+            step
+            for objective in ("robust", "cross-entropy")
+            for step in (
+                Step(
+                    f"levelset-ext train {objective} --network resnet-18 --limit 720 --epochs 8 "
+                    f"--lr 0.001 --out $OUT/{objective} --resume"
+                ),
+                Step(
+                    f"levelset-ext attack $OUT/{objective}/checkpoint.pt --attack pgd-margin "
+                    "--eps 0.15 --step 0.015 --iters 20 --batch 180",
+                    {f"batch_norm_{objective}.json": _data(f"batch_norm_{objective}.json")},
+                    printed=f"batch_norm_{objective}.json",
+                ),
+            )
+        ),
+        minutes=14,
+    ),
+    Result(
         "distances",
         "How far test images are from the boundary",
         "the authors' response (inset histogram)",
