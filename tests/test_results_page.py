@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 pytest.importorskip("matplotlib")
 

@@ -30,7 +30,6 @@ TEXTS: dict[str, Section] = {
     "transfer_mnist": robustness.transfer,
     "equal_digits": partial(robustness.equal, name="equal_digits", what="digits"),
     "equal_mnist": partial(robustness.equal, name="equal_mnist", what="MNIST"),
-    "equal_mnist_autoattack": robustness.autoattack_parts,
     "cifar10": robustness.cifar10,
     "batch_norm": robustness.batch_norm,
     "distances": robustness.distances,
@@ -74,7 +73,11 @@ PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
     "move_vertex": (("vertex.png", "A sphere before and after one vertex was moved"),),
 }
 # Results shown inside the text of another one.
-WITHIN = {"multi_targeted": "robust_mnist"}
+WITHIN = {
+    "multi_targeted": "robust_mnist",
+    "equal_digits_autoattack": "equal_digits",
+    "equal_mnist_autoattack": "equal_mnist",
+}
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "Surfaces": (
         "reconstruct_fast", "reconstruct_soap", "surface_table", "surface_ablation", "figure_a2",
@@ -82,7 +85,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     ),
     "Curves": ("curves", "figure3"),
     "Robust classifiers": (
-        "robust_mnist", "equal_digits", "equal_mnist", "equal_mnist_autoattack", "transfer_mnist",
+        "robust_mnist", "equal_digits", "equal_mnist", "transfer_mnist",
         "cifar10", "batch_norm", "attack_strength", "distances", "convergence", "train_step",
     ),
     "Few images, and the plane": ("figure2", "figure1", "figure_a1"),
@@ -201,7 +204,7 @@ INDEX = {
     "the response: what the search costs": ("train_step",),
     "the reviews: gradient descent, L-BFGS, what is left of F, sample images": ("newton",),
     "the reviews: Elsayed et al.": ("equal_digits", "equal_mnist"),
-    "AutoAttack, multi-targeted": ("robust_mnist", "equal_digits", "equal_mnist_autoattack"),
+    "AutoAttack, multi-targeted": ("robust_mnist", "equal_digits", "equal_mnist"),
     "Table A1, architectures": (),
 }
 

@@ -32,7 +32,7 @@ NAMES = {
     "large-margin": "Elsayed et al.",
     "standard": "standard",
 }
-WHITE = ("xent", "margin", "multi_targeted", "autoattack")
+TEST_ROWS = {"digits": 360, "MNIST": 10_000}  # what there is; a run may look at fewer
 COLUMNS = {
     "xent": "PGD Xent",
     "margin": "PGD margin",
@@ -162,7 +162,7 @@ def equal(book: Book, name: str, what: str) -> str:
     found = book.files.json(f"{name}.json")
     if found is None:
         return NOT_RUN
-    rows_count = found["settings"]["rows"] if what != "digits" else 360
+    rows_count = _rows_of(found, what)
     rows_of = {row["network"]: dict(row) for row in found["table1"]}
     rows_aa = rows_count
     for network, row in rows_of.items():
@@ -218,37 +218,26 @@ def equal(book: Book, name: str, what: str) -> str:
     return "\n".join(text)
 
 
+def _rows_of(found: dict[str, Any], what: str) -> int:
+    """How many test images a run of table1_robustness.py looked at."""
+    wanted = found["settings"]["rows"]
+    return TEST_ROWS[what] if wanted is None else min(wanted, TEST_ROWS[what])
+
+
 def _strongest(row: dict[str, Any]) -> float:
     known = [number(row[c]) for c in ("autoattack", "multi_targeted", "margin")]
     return next(value for value in known if math.isfinite(value))
 
 
-def autoattack_parts(book: Book) -> str:
-    rows = []
-    for name in NAMES:
-        found = book.files.json(f"equal_mnist_autoattack_{name}.json")
-        if found is None:
-            continue
-        rows.append(
-            [
-                NAMES[name],
-                str(found["rows"]),
-                percent(found["clean_accuracy"]),
-                with_interval(100 * found["robust_accuracy"], found["rows"]),
-                seconds(found["seconds"]),
-            ]
-        )
-    if not rows:
-        return NOT_RUN
-    return table(["network", "rows", "clean", "AutoAttack", "time of the attack"], rows)
-
-
 def transfer(book: Book) -> str:
     lines = []
-    for file, what in (("table1_mnist.json", "MNIST, 51 min"), ("equal_digits.json", "digits")):
+    for file, what, long in (
+        ("table1_mnist.json", "MNIST", ", 51 min"),
+        ("equal_digits.json", "digits", ""),
+    ):
         found = book.files.json(file)
         if found is None:
-            lines += [f"{what}: {NOT_RUN}.", ""]
+            lines += [f"{what}{long}: {NOT_RUN}.", ""]
             continue
         names = [n for n in NAMES if any(row["attacked"] == n for row in found["transfer"])]
         pairs = {
@@ -256,9 +245,9 @@ def transfer(book: Book) -> str:
             for row in found["transfer"]
         }
         lines += [
-            f"**{what}**, margin (ddb) / cross entropy, percent of "
-            f"{found['settings']['rows'] if what != 'digits' else 360} images; rows are attacked, "
-            "columns make the attack, the diagonal is white box:",
+            f"**{what}{long}**, margin (ddb) / cross entropy, percent of "
+            f"{_rows_of(found, what)} images; rows are attacked, columns make the attack, the "
+            "diagonal is white box:",
             "",
         ]
         rows = []
@@ -330,8 +319,8 @@ def batch_norm(book: Book) -> str:
     return (
         table(["trained with", "clean", f"PGD margin, eps {eps:g}, {iters} steps"], rows)
         + "\n\nEight epochs of 720 images. Points, gradients and p(theta) all use the running "
-        f"statistics here; the paper's own network on CIFAR10 has {known[2]:.2f} % on the margin and "
-        f"{known[1]:.2f} % on cross entropy."
+        f"statistics here; the paper's own network on CIFAR10 has {known[2]:.2f} % on the margin "
+        f"and {known[1]:.2f} % on cross entropy."
     )
 
 
