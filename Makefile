@@ -78,9 +78,15 @@ types: build/setup.stamp           ## static types
 	$(PYTHON) -m mypy
 
 bench: build                       ## every speed claim, checked and measured; ten quiet minutes
-	$(PYTHON) -m levelset_ext bench all --out benchmarks/results/bench
+	$(PYTHON) -m levelset_ext bench all --repeats 3 --out benchmarks/results/bench
 
-.PHONY: docs wheel
+build/cmake/benchmarks/cpp/kernels: build/cmake/CTestTestfile.cmake benchmarks/cpp/kernels.cpp $(SOURCES)
+	cmake --build build/cmake --target kernels
+
+bench-kernels: build/cmake/benchmarks/cpp/kernels build/setup.stamp  ## the CPU kernels without torch, by Google Benchmark
+	$(PYTHON) benchmarks/kernels.py --program $< --out benchmarks/results/bench/kernels.json
+
+.PHONY: docs wheel bench-kernels
 docs: build/setup.stamp            ## the documentation site, build/site/index.html; broken links fail
 	$(PYTHON) tools/install_missing.py requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from levelset_ext import _C
 
@@ -54,18 +56,46 @@ _STALLED = _C.status_codes["STALLED"]
 
 def _same_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Promotes mixed floating dtypes to a common one, as arithmetic between the tensors would."""
-    present = [t.dtype for t in tensors if t is not None]
-    common = present[0]
-    for dtype in present[1:]:
-        common = torch.promote_types(common, dtype)
+    common = None
+    mixed = False
+    for t in tensors:
+        if t is not None and t.dtype is not common:
+            mixed = common is not None
+            common = t.dtype if common is None else torch.promote_types(common, t.dtype)
+    if not mixed:
+        return tensors
     return tuple(None if t is None else t.to(common) for t in tensors)
 
 
-def _op(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The op in the form that suits where it is called: torch.compile and torch.export take the
-    registered op. The autograd Function also works inside torch.func transforms, and refuses
-    forward-mode derivatives, which the registered op would answer with zeros."""
-    return getattr(_raw, name) if torch.compiler.is_compiling() else function.apply
+def _call(op: Any, function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, Tensor]:
+    """The op in the form that suits where it is called, in the order of the questions below.
+
+    torch.compile and torch.export take the registered op. The autograd Function also works inside
+    torch.func transforms, and refuses forward-mode derivatives, which the registered op would
+    answer with zeros. Outside of them its own ``apply`` spends most of a small call on binding
+    arguments to signatures, which the ``apply`` of its base does without; and where no derivative
+    is asked for, neither autograd is.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return function.apply(*args)
+    args = unwrap_dead_wrappers(args)
+    grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    if grad or forward_ad._current_level >= 0:
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _refuse_gradient(op: str, instead: str, **tensors: Any) -> None:
+    """An op that writes into memory of the caller has no derivative."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{name}: expected a tensor that needs no gradient, as {op}; {instead}"
+                )
 
 
 def rank_tolerance(dtype: torch.dtype) -> float:
@@ -108,7 +138,13 @@ def level_rows(level: Tensor | float, n: int, l: int, like: Tensor) -> Tensor:  
 # --- pinv_apply and pinv_adjoint ------------------------------------------------------------------
 
 
-def pinv_apply(jacobian: Tensor, residual: Tensor, *, return_status: bool = False) -> Any:
+def pinv_apply(
+    jacobian: Tensor,
+    residual: Tensor,
+    *,
+    return_status: bool = False,
+    out: Tensor | None = None,
+) -> Any:
     """``J^T (J J^T)^-1 r`` for every row: the shortest vector that J maps to ``r``.
 
     Args:
@@ -116,6 +152,9 @@ def pinv_apply(jacobian: Tensor, residual: Tensor, *, return_status: bool = Fals
             float32 arithmetic.
         residual: r, (n, l).
         return_status: also return the status of every row, (n,) int8.
+        out: (n, d), contiguous, of the inputs' dtype and device, memory that no input shares: the
+            result is written there and returned, without a derivative. Worth it for large results,
+            whose new memory costs more than the arithmetic.
 
     Returns:
         (n, d). A row without full rank gives 0 and status ``RANK_DEFICIENT``; the rule is that a
@@ -125,7 +164,17 @@ def pinv_apply(jacobian: Tensor, residual: Tensor, *, return_status: bool = Fals
     Differentiable in both arguments, to any order.
     """
     jacobian, residual = _same_dtype(jacobian, residual)
-    result, status = _op("pinv_apply", PinvApply)(jacobian, residual)
+    if out is None:
+        result, status = _call(_raw.pinv_apply.default, PinvApply, jacobian, residual)
+    else:
+        _refuse_gradient(
+            "pinv_apply writes to out",
+            "leave out away",
+            jacobian=jacobian,
+            residual=residual,
+            out=out,
+        )
+        result, status = out, _raw.pinv_apply_out(jacobian, residual, out)
     return (result, status) if return_status else result
 
 
@@ -141,7 +190,7 @@ def pinv_adjoint(jacobian: Tensor, gradient: Tensor, *, return_status: bool = Fa
         (n, l). Differentiable in both arguments, to any order.
     """
     jacobian, gradient = _same_dtype(jacobian, gradient)
-    result, status = _op("pinv_adjoint", PinvAdjoint)(jacobian, gradient)
+    result, status = _call(_raw.pinv_adjoint.default, PinvAdjoint, jacobian, gradient)
     return (result, status) if return_status else result
 
 
@@ -200,6 +249,7 @@ def newton_update(
     upper: Tensor | None = None,
     tol: float = 0.0,
     max_step: float = math.inf,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One generalized Newton step (Eq. 4), ``p - J^T (J J^T)^-1 (F - c)``, for every running row.
 
@@ -213,6 +263,8 @@ def newton_update(
         lower, upper: (d,), box that the next point is clamped to.
         tol: a row with max_j |F_j - c_j| <= tol stays where it is and becomes ``CONVERGED``.
         max_step: longest step, an L2 length in the units of the points; longer ones are shortened.
+        out: as in :func:`pinv_apply`: where the next points are written. To overwrite ``points``
+            itself there is :func:`newton_update_`.
 
     Returns:
         The next points (n, d) and the status (n,) int8 of every row: ``RUNNING`` (moved),
@@ -226,9 +278,20 @@ def newton_update(
     points, values, jacobian, lower, upper = _same_dtype(points, values, jacobian, lower, upper)
     l = values.shape[1] if values.dim() == 2 else 1  # noqa: E741
     c = level_rows(level, points.shape[0], l, points)
-    return _op("newton_update", NewtonUpdate)(
-        points, values, jacobian, c, status, lower, upper, float(tol), float(max_step)
+    tol, max_step = float(tol), float(max_step)
+    if out is None:
+        return _call(
+            _raw.newton_update.default, NewtonUpdate,
+            points, values, jacobian, c, status, lower, upper, tol, max_step,
+        )  # fmt: skip
+    _refuse_gradient(
+        "newton_update writes to out", "leave out away", points=points, values=values,
+        jacobian=jacobian, level=level, lower=lower, upper=upper, out=out,
+    )  # fmt: skip
+    after = _raw.newton_update_out(
+        points, values, jacobian, c, status, lower, upper, tol, max_step, out
     )
+    return out, after
 
 
 def newton_update_(
@@ -257,17 +320,10 @@ def newton_update_(
 
     Not differentiable: raises RuntimeError if a gradient would be lost.
     """
-    tensors: dict[str, Any] = {
-        "points": points, "values": values, "jacobian": jacobian, "level": level,
-        "lower": lower, "upper": upper,
-    }  # fmt: skip
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{name}: expected a tensor that needs no gradient, as newton_update_ works in "
-                    "place; call newton_update, or detach it"
-                )
+    _refuse_gradient(
+        "newton_update_ works in place", "call newton_update, or detach it", points=points,
+        values=values, jacobian=jacobian, level=level, lower=lower, upper=upper,
+    )  # fmt: skip
     dtype = points.dtype
     values, jacobian = values.to(dtype), jacobian.to(dtype)
     lower = None if lower is None else lower.to(dtype)
@@ -395,16 +451,10 @@ def bracket_update_(
     if variant not in _BRACKET_VARIANTS:
         names = ", ".join(_BRACKET_VARIANTS)
         raise ValueError(f"variant: expected one of {names}, got {variant!r}")
-    tensors: dict[str, Any] = {
-        "points": points, "start": start, "end": end, "values": values, "level": level,
-    }  # fmt: skip
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{name}: expected a tensor that needs no gradient, as bracket_update_ works "
-                    "in place; detach it"
-                )
+    _refuse_gradient(
+        "bracket_update_ works in place", "detach it", points=points, start=start, end=end,
+        values=values, level=level,
+    )  # fmt: skip
     dtype = points.dtype
     start, end, values = start.to(dtype), end.to(dtype), values.to(dtype)
     c = level_rows(level, points.shape[0], 1, points)
@@ -435,7 +485,7 @@ def nearest_distance(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
     Differentiable in x and cloud, to any order; the gradient at distance 0 is 0.
     """
     x, cloud = _same_dtype(x, cloud)
-    return _op("nearest", NearestDistance)(x, cloud)
+    return _call(_raw.nearest.default, NearestDistance, x, cloud)
 
 
 class _TreeCache:
@@ -550,6 +600,12 @@ def _newton_update_fake(points: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Ten
     return points.new_empty(points.shape), points.new_empty(points.shape[0], dtype=torch.int8)
 
 
+@torch.library.register_fake("levelset_ext::pinv_apply_out")
+@torch.library.register_fake("levelset_ext::newton_update_out")
+def _out_fake(first: Tensor, *_: Any, **__: Any) -> Tensor:
+    return first.new_empty(first.shape[0], dtype=torch.int8)
+
+
 @torch.library.register_fake("levelset_ext::newton_update_")
 def _newton_update_inplace_fake(*_: Any, **__: Any) -> None:
     return None
@@ -628,17 +684,21 @@ def _newton_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return _rows_vmap(_raw.newton_update, shared=(5, 6))(info, in_dims, *args)
 
 
-def _bracket_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    raise RuntimeError(
-        "bracket_update_ works in place on the rows of a batch and cannot be mapped over by vmap; "
-        "join the mapped dimension with the rows"
-    )
+def _no_vmap(op: str) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        raise RuntimeError(
+            f"{op} works in place on the rows of a batch and cannot be mapped over by vmap; join "
+            "the mapped dimension with the rows"
+        )
+
+    return rule
 
 
 torch.library.register_vmap("levelset_ext::pinv_apply", _rows_vmap(_raw.pinv_apply, ()))
 torch.library.register_vmap("levelset_ext::pinv_adjoint", _rows_vmap(_raw.pinv_adjoint, ()))
 torch.library.register_vmap("levelset_ext::newton_update", _newton_vmap)
-torch.library.register_vmap("levelset_ext::bracket_update_", _bracket_vmap)
+for _name in ("pinv_apply_out", "newton_update_out", "newton_update_", "bracket_update_"):
+    torch.library.register_vmap(f"levelset_ext::{_name}", _no_vmap(_name))
 torch.library.register_vmap("levelset_ext::nearest", _rows_vmap(_raw.nearest, (1,)))
 
 

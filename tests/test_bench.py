@@ -26,7 +26,7 @@ COMPETITORS = {
     "false-position": {"ours", "published", "eager", "compaction"},
     "train-step": {"ours", "ours, module", "published", "compaction"},
     "nearest": {"ours", "ours, new cloud", "scipy", "scipy, new cloud", "cdist", "published"},
-    "ops": {"ours", "eager"},
+    "ops": {"ours", "ours, out=", "eager"},
 }
 
 
@@ -265,6 +265,19 @@ def test_a_copy_moves_what_it_is_said_to():
     for case in cases:
         least = 4 * case.n * case.l * case.d if case.op != "bracket_update_" else 12 * case.d
         assert case.moved > least
+
+
+def test_large_cases_near_a_copy_are_counted():
+    def case(op, size, near):
+        return {"op": op, "bytes": size, "competitors": {"ours": {"near_copy": near}}}
+
+    found = [
+        case("a", 1e7, True),
+        case("a", 1e7, False),
+        case("a", 1e3, True),
+        case("b", 1e3, True),
+    ]
+    assert ops.near_copies(found) == {"a": {"ours": [1, 2]}}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 import levelset_ext as ls
 from levelset_ext import _C
+from levelset_ext.compiled import compiled_field
 from levelset_ext.networks import MLP, ImplicitMLP, compiled_fields, fc1, fc2
 from levelset_ext.result import LevelSetResult, Status
 
@@ -523,6 +524,15 @@ def test_what_a_trace_depends_on_is_watched():
     close(ls.project(net, x, max_iters=0).values, net(x).detach())
     handle.remove()
     close(ls.project(net, x, max_iters=0).values, net(x).detach())
+
+
+def test_a_call_with_points_that_do_not_fit_decides_nothing_about_others():
+    net = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+    with pytest.raises(RuntimeError):
+        ls.project(net, torch.zeros(4, 5).double())
+    assert isinstance(compiled_field(net, points(9)), MLP)
+    assert compiled_field(net, points(9)) is compiled_field(net, points(2))
+    assert compiled_field(net, torch.zeros(4, 5).double()) is None
 
 
 def test_from_module_names_what_it_was_given():

@@ -40,9 +40,29 @@ LEVELSET_HD bool is_finite(double x) { return fabs(x) <= FloatRange<double>::lar
 
 LEVELSET_HD bool same_sign(double x, double y) { return (x < 0) == (y < 0); }
 
+// fmin and fmax of numbers that are not NaN: a host compiler calls a library for those.
+LEVELSET_HD double smaller(double x, double y) { return x < y ? x : y; }
+LEVELSET_HD double larger(double x, double y) { return x > y ? x : y; }
+
+// a where `first`, else b. Which end of a segment is the better one is anyone's guess, so on the
+// host it is looked up: a jump would be guessed wrong every other time.
+LEVELSET_HD double pick(bool first, double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return first ? a : b;
+#else
+  const double both[2] = {b, a};
+  return both[first];
+#endif
+}
+
 // The two ends have opposite residuals, neither of them zero.
 class BracketSearch {
  public:
+  // Of a row that begins.
+  LEVELSET_HD BracketSearch(double level, BracketVariant variant)
+      : level_(level), variant_(variant) {}
+
+  // Of one that goes on.
   LEVELSET_HD BracketSearch(const BracketRow& row, double level, BracketVariant variant)
       : row_(row), level_(level), variant_(variant) {}
 
@@ -52,13 +72,13 @@ class BracketSearch {
   LEVELSET_HD RowStatus begin(double at_start, double at_end, double tol, double rounding) {
     const double start = at_start - level_, end = at_end - level_;
     const bool end_is_best = is_finite(start) && (!is_finite(end) || fabs(end) < fabs(start));
-    row_ = BracketRow{};
-    row_.contra = {end_is_best ? 0.0 : 1.0, end_is_best ? at_start : at_end};
-    row_.newest = {end_is_best ? 1.0 : 0.0, end_is_best ? at_end : at_start};
+    row_.contra = {pick(end_is_best, 0, 1), pick(end_is_best, at_start, at_end)};
+    row_.newest = {pick(end_is_best, 1, 0), pick(end_is_best, at_end, at_start)};
     row_.previous = row_.contra;
     row_.scale = row_.width = 1.0;
+    row_.fruitless = row_.slow = 0;
     row_.at = row_.newest.at;
-    row_.floor = rounding * fmax(fabs(level_), fmin(fabs(at_start), fabs(at_end)));
+    row_.floor = rounding * larger(fabs(level_), smaller(fabs(at_start), fabs(at_end)));
     if (!is_finite(start) || !is_finite(end)) return RowStatus::kNonFinite;
     if (residual(row_.newest) <= tol) return RowStatus::kConverged;
     if (same_sign(start, end)) return RowStatus::kNotBracketed;
@@ -132,11 +152,11 @@ class BracketSearch {
     if (variant_ == BracketVariant::kChandrupatla) {
       t = interpolate(f1, f2, row_.previous.value - level_);
     } else if (variant_ != BracketVariant::kBisection && !creeps) {
-      t = 1 / (1 - row_.scale * f2 / f1);
+      t = f1 / (f1 - row_.scale * f2);
     }
     row_.at = row_.newest.at + t * (row_.contra.at - row_.newest.at);
-    const double low = fmin(row_.newest.at, row_.contra.at);
-    const double high = fmax(row_.newest.at, row_.contra.at);
+    const double low = smaller(row_.newest.at, row_.contra.at);
+    const double high = larger(row_.newest.at, row_.contra.at);
     if (!(row_.at > low && row_.at < high)) row_.at = middle();
   }
 
@@ -172,18 +192,14 @@ struct SegmentPoint {
   }
 };
 
-// The whole update of row i: who it is, whether it takes part, what it learns, where it goes.
-template <typename S, typename A, typename Team, typename Columns>
-LEVELSET_HD void bracket_update_row(const Team& team, const BracketParams<S>& p, std::int64_t i,
-                                    Columns d) {
-  const std::int64_t row = p.index != nullptr ? p.index[i] : i;
-  // As in the Newton update: the CPU glue refuses a bad index, a GPU leaves it out.
-  if (row < 0 || row >= p.point_rows) return;
-  if (p.status[row] != std::int8_t(RowStatus::kRunning)) return;
-
+// What row `row` knows after it took the values in place i, and its status; row().at is where its
+// point should be.
+template <typename S>
+LEVELSET_HD BracketSearch bracket_learn(const BracketParams<S>& p, std::int64_t i, std::int64_t row,
+                                        RowStatus& status) {
   const double level = double(load(p.level[row * p.level_stride]));
-  BracketSearch search(p.bracket[row], level, p.variant);
-  RowStatus status;
+  BracketSearch search =
+      p.begins ? BracketSearch(level, p.variant) : BracketSearch(p.bracket[row], level, p.variant);
   if (p.begins) {
     status = search.begin(double(load(p.values[2 * i])), double(load(p.values[2 * i + 1])), p.tol,
                           p.rounding);
@@ -191,11 +207,18 @@ LEVELSET_HD void bracket_update_row(const Team& team, const BracketParams<S>& p,
     status = search.advance(double(load(p.values[i])), p.tol);
   }
   if (p.last && status == RowStatus::kRunning) status = search.stop(RowStatus::kMaxIterations);
+  return search;
+}
 
+// Moves the point of `row` there. A place that cannot be told from an end is replaced by the middle
+// of the bracket, and where that is none either the search ends.
+template <typename S, typename A, typename Team, typename Columns>
+LEVELSET_HD RowStatus bracket_move(const Team& team, const BracketParams<S>& p, std::int64_t row,
+                                   BracketSearch& search, RowStatus status, Columns d) {
   const S* start = p.start + row * d;
   const S* end = p.end + row * d;
   S* point = p.points + row * d;
-  for (bool halved = false;;) {
+  for (bool halved = false;; halved = true) {
     const SegmentPoint<S> next(search.row().at);
     const SegmentPoint<S> newest(search.row().newest.at), contra(search.row().contra.at);
     // For each end 1 where a column of the next point differs from it; NaN where it is not finite.
@@ -210,10 +233,10 @@ LEVELSET_HD void bracket_update_row(const Team& team, const BracketParams<S>& p,
     };
     const Partial<A, 2> differs = team.template reduce<MaxKeepingNan, 2, A>(d, visit);
     if (differs.value[0] != differs.value[0] || differs.value[1] != differs.value[1]) {
-      status = RowStatus::kNonFinite;
+      return RowStatus::kNonFinite;
     }
-    if (status != RowStatus::kRunning) break;
-    if (differs.value[0] > A(0) && differs.value[1] > A(0)) break;
+    if (status != RowStatus::kRunning) return status;
+    if (differs.value[0] > A(0) && differs.value[1] > A(0)) return status;
     // The interval may still be wide: then the middle is a new point.
     const double middle = search.middle();
     if (!halved && search.row().at != middle) {
@@ -221,8 +244,27 @@ LEVELSET_HD void bracket_update_row(const Team& team, const BracketParams<S>& p,
     } else {
       status = search.stop(RowStatus::kStalled);
     }
-    halved = true;
   }
+}
+
+// Which row takes the values in place i, or -1 if none does. As in the Newton update the CPU glue
+// refuses a bad index, a GPU leaves it out.
+template <typename S>
+LEVELSET_HD std::int64_t bracket_row_of(const BracketParams<S>& p, std::int64_t i) {
+  const std::int64_t row = p.index != nullptr ? p.index[i] : i;
+  if (row < 0 || row >= p.point_rows) return -1;
+  return p.status[row] == std::int8_t(RowStatus::kRunning) ? row : -1;
+}
+
+// The whole update of row i: who it is, whether it takes part, what it learns, where it goes.
+template <typename S, typename A, typename Team, typename Columns>
+LEVELSET_HD void bracket_update_row(const Team& team, const BracketParams<S>& p, std::int64_t i,
+                                    Columns d) {
+  const std::int64_t row = bracket_row_of(p, i);
+  if (row < 0) return;
+  RowStatus status;
+  BracketSearch search = bracket_learn(p, i, row, status);
+  status = bracket_move<S, A>(team, p, row, search, status, d);
   if (team.leads()) {
     p.bracket[row] = search.row();
     p.status[row] = std::int8_t(status);

@@ -8,60 +8,71 @@ namespace levelset::cpu {
 
 namespace {
 
-// Calls run(outputs, columns) with both as the row math wants them.
-template <typename Params, typename Run>
-void specialised(const Params& p, Run run) {
-  with_outputs(p.outputs, [&](auto l) {
-    if constexpr (l() == kAnyOutputs) {
-      run(l, p.columns);
-    } else {
-      with_columns(p.columns, [&](auto d) { run(l, d); });
+// Rows [begin, end) by the vector kernel where it takes them, and by row_math(p, i, l) those that
+// it leaves alone, or all. is_left(p, i) tells which it has left.
+//
+// The parameters are copied: the loops write int8_t, which may alias anything that has an address
+// outside, and the compiler would load every pointer again for every row.
+template <typename Params, typename Kernel, typename IsLeft, typename RowMath>
+void walk(const Params& params, bool covered, Kernel kernel, IsLeft is_left, RowMath row_math,
+          std::int64_t begin, std::int64_t end) {
+  if (covered && !kernel(params, begin, end)) return;
+  with_outputs(params.outputs, [&](auto l) {
+    const Params p = params;
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (!covered || is_left(p, i)) row_math(p, i, l);
     }
   });
 }
 
-}  // namespace
+template <typename S>
+bool pinv_left(const PinvParams<S>& p, std::int64_t i) {
+  return p.status[i] == kIrregularRow;
+}
 
-// The parameters are copied before each loop: the loops write int8_t, which may alias anything that
-// has an address outside, and the compiler would load every pointer again for every row.
+template <typename S>
+bool newton_left(const NewtonParams<S>& p, std::int64_t i) {
+  const std::int64_t row = p.index != nullptr ? p.index[i] : i;
+  return row >= 0 && row < p.point_rows && p.status[row] == kIrregularRow;
+}
+
+}  // namespace
 
 template <typename S>
 void pinv_apply(const PinvParams<S>& params, std::int64_t begin, std::int64_t end) {
-  specialised(params, [&](auto l, auto d) {
-    const PinvParams<S> p = params;
-    for (std::int64_t i = begin; i < end; ++i) pinv_apply_row<S, S, l()>(SerialTeam{}, p, i, d);
-  });
+  const VectorKernels<S>& kernels = vector_kernels<S>();
+  walk(
+      params, kernels.covers(params.outputs, params.columns), kernels.pinv_apply, pinv_left<S>,
+      [](const PinvParams<S>& p, std::int64_t i, auto l) {
+        pinv_apply_row<S, S, l()>(SerialTeam{}, p, i, p.columns);
+      },
+      begin, end);
 }
 
 template <typename S>
 void pinv_adjoint(const PinvParams<S>& params, std::int64_t begin, std::int64_t end) {
-  specialised(params, [&](auto l, auto d) {
-    const PinvParams<S> p = params;
-    for (std::int64_t i = begin; i < end; ++i) pinv_adjoint_row<S, S, l()>(SerialTeam{}, p, i, d);
-  });
+  const VectorKernels<S>& kernels = vector_kernels<S>();
+  walk(
+      params, kernels.covers(params.outputs, params.columns), kernels.pinv_adjoint, pinv_left<S>,
+      [](const PinvParams<S>& p, std::int64_t i, auto l) {
+        pinv_adjoint_row<S, S, l()>(SerialTeam{}, p, i, p.columns);
+      },
+      begin, end);
 }
 
 template <typename S>
 void newton_update(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end) {
-  if (params.outputs == 1 && (params.columns == 2 || params.columns == 3)) {
-    const VectorKernels<S>& kernels = vector_kernels<S>();
-    const auto run = params.columns == 2 ? kernels.newton_plane : kernels.newton_space;
-    if (!run(params, begin, end)) return;
-    with_columns(params.columns, [&](auto d) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t row = params.index != nullptr ? params.index[i] : i;
-        if (row < 0 || row >= params.point_rows || params.status[row] != kIrregularRow) continue;
-        NewtonParams<S> p = params;
-        p.running = nullptr;  // it runs, and its mark stands where that was said
-        newton_update_row<S, S, 1>(SerialTeam{}, p, i, d);
-      }
-    });
-    return;
-  }
-  specialised(params, [&](auto l, auto d) {
-    const NewtonParams<S> p = params;
-    for (std::int64_t i = begin; i < end; ++i) newton_update_row<S, S, l()>(SerialTeam{}, p, i, d);
-  });
+  const VectorKernels<S>& kernels = vector_kernels<S>();
+  const bool covered = kernels.covers(params.outputs, params.columns);
+  walk(
+      params, covered, kernels.newton_update, newton_left<S>,
+      [covered](const NewtonParams<S>& p, std::int64_t i, auto l) {
+        NewtonParams<S> one = p;
+        // A row that was left runs, and its mark stands where that was said.
+        if (covered) one.running = nullptr;
+        newton_update_row<S, S, l()>(SerialTeam{}, one, i, one.columns);
+      },
+      begin, end);
 }
 
 template void pinv_apply(const PinvParams<float>&, std::int64_t, std::int64_t);

@@ -22,6 +22,7 @@
 #define LEVELSET_BLOCK_ROWS 14
 #define LEVELSET_SQUARE_ROOT_FLOAT(x) _mm512_sqrt_ps(x)
 #define LEVELSET_SQUARE_ROOT_DOUBLE(x) _mm512_sqrt_pd(x)
+#include "lanes.inc"
 #include "mlp_kernels.inc"
 
 namespace levelset::cpu {

@@ -9,6 +9,23 @@
 
 namespace levelset::cpu {
 
+// One point of a segment; see core/bracket_row.h.
+template <typename S>
+struct SegmentParams {
+  std::int64_t columns;  // d
+  const S* start;        // (d,), s = 0
+  const S* end;          // (d,), s = 1
+  double at;             // s, in (0, 1)
+  double ends[2];        // s of the two ends of the bracket
+  S* point;              // (d,)
+};
+
+// What is true of that point, added up.
+constexpr unsigned kFinite = 1;        // all columns
+constexpr unsigned kLeavesFirst = 2;   // a column differs from that at ends[0]
+constexpr unsigned kLeavesSecond = 4;  // a column differs from that at ends[1]
+constexpr unsigned kLeavesBoth = kLeavesFirst | kLeavesSecond;
+
 template <typename S>
 struct VectorKernels {
   std::int64_t lanes;       // numbers in a vector
@@ -20,10 +37,16 @@ struct VectorKernels {
   // Panels [begin, end) of two vectors of columns of dL/dW. `room` holds gradient_room() numbers.
   void (*weight_gradient)(const WeightGradientParams<S>& params, std::int64_t begin,
                           std::int64_t end, S* room);
-  // The rows [begin, end) of a Newton update with one output and 2 or 3 columns. Returns
-  // whether it has left rows alone and marked them with kIrregularRow.
-  bool (*newton_plane)(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end);
-  bool (*newton_space)(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end);
+  // Whether the three row ops below take rows of this shape.
+  bool (*covers)(int outputs, std::int64_t columns);
+  // The rows [begin, end) of an op. Returns whether rows were left alone, and marked with
+  // kIrregularRow in the status.
+  bool (*newton_update)(const NewtonParams<S>& params, std::int64_t begin, std::int64_t end);
+  bool (*pinv_apply)(const PinvParams<S>& params, std::int64_t begin, std::int64_t end);
+  bool (*pinv_adjoint)(const PinvParams<S>& params, std::int64_t begin, std::int64_t end);
+  // Writes the point of a segment at p.at, and compares it with those at p.ends, to the bit as
+  // core/bracket_row.h does. Returns what is true of it.
+  unsigned (*move_on_segment)(const SegmentParams<S>& p);
 };
 
 constexpr std::int8_t kIrregularRow = -1;

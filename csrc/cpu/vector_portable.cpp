@@ -20,8 +20,10 @@
 #define LEVELSET_SQUARE_ROOT_FLOAT(x) _mm_sqrt_ps(x)
 #define LEVELSET_SQUARE_ROOT_DOUBLE(x) _mm_sqrt_pd(x)
 #endif
+#include "lanes.inc"
 #include "mlp_kernels.inc"
-#include "newton_kernels.inc"
+#include "row_kernels.inc"
+#include "segment_kernels.inc"
 #include "vector_table.inc"
 
 namespace levelset::cpu {

@@ -31,15 +31,26 @@ void expect_rows(const std::optional<Tensor>& index, std::int64_t point_rows) {
   }
 }
 
-std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual,
-                                      std::int64_t) {
-  const PinvTensors t = prepare_apply(jacobian, residual);
-  with_wide_dtype(jacobian.scalar_type(), [&](auto zero) {
+void run_apply(const PinvTensors& t) {
+  with_wide_dtype(t.jacobian.scalar_type(), [&](auto zero) {
     const auto p = t.params<decltype(zero)>();
     over_rows(t.rows, t.outputs, t.columns,
               [&](std::int64_t begin, std::int64_t end) { cpu::pinv_apply(p, begin, end); });
   });
+}
+
+std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual,
+                                      std::int64_t) {
+  const PinvTensors t = prepare_apply(jacobian, residual, std::nullopt);
+  run_apply(t);
   return {t.output, t.status};
+}
+
+Tensor pinv_apply_out(const Tensor& jacobian, const Tensor& residual, const Tensor& out,
+                      std::int64_t) {
+  const PinvTensors t = prepare_apply(jacobian, residual, out);
+  run_apply(t);
+  return t.status;
 }
 
 std::tuple<Tensor, Tensor> pinv_adjoint(const Tensor& jacobian, const Tensor& gradient,
@@ -67,10 +78,20 @@ std::tuple<Tensor, Tensor> newton_update(const Tensor& points, const Tensor& val
                                          const std::optional<Tensor>& lower,
                                          const std::optional<Tensor>& upper, double tol,
                                          double max_step, std::int64_t) {
-  const NewtonTensors t =
-      prepare_newton(points, values, jacobian, level, status, lower, upper, tol, max_step);
+  const NewtonTensors t = prepare_newton(points, values, jacobian, level, status, lower, upper, tol,
+                                         max_step, std::nullopt);
   run_newton(t);
   return {t.next, t.status};
+}
+
+Tensor newton_update_out(const Tensor& points, const Tensor& values, const Tensor& jacobian,
+                         const Tensor& level, const std::optional<Tensor>& status,
+                         const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
+                         double tol, double max_step, const Tensor& out, std::int64_t) {
+  const NewtonTensors t =
+      prepare_newton(points, values, jacobian, level, status, lower, upper, tol, max_step, out);
+  run_newton(t);
+  return t.status;
 }
 
 void newton_update_(const Tensor& points, const Tensor& status, const Tensor& values,
@@ -101,8 +122,10 @@ void bracket_update_(const Tensor& points, const Tensor& status, const Tensor& b
 
 STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CPU, library) {
   library.impl("pinv_apply", TORCH_BOX(&pinv_apply));
+  library.impl("pinv_apply_out", TORCH_BOX(&pinv_apply_out));
   library.impl("pinv_adjoint", TORCH_BOX(&pinv_adjoint));
   library.impl("newton_update", TORCH_BOX(&newton_update));
+  library.impl("newton_update_out", TORCH_BOX(&newton_update_out));
   library.impl("newton_update_", TORCH_BOX(&newton_update_));
   library.impl("bracket_update_", TORCH_BOX(&bracket_update_));
   // nearest: the k-d tree of SciPy, registered from Python.

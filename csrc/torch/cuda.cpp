@@ -43,17 +43,28 @@ void with_dtype(ScalarType dtype, Run run) {
   }
 }
 
-std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual,
-                                      std::int64_t team) {
+PinvTensors run_apply(const Tensor& jacobian, const Tensor& residual,
+                      const std::optional<Tensor>& out, std::int64_t team) {
   const DeviceGuard guard(jacobian.get_device_index());
   expect_team(team);
-  const PinvTensors t = prepare_apply(jacobian, residual);
+  PinvTensors t = prepare_apply(jacobian, residual, out);
   with_dtype(jacobian.scalar_type(), [&](auto zero) {
     check_launch(
         cuda::pinv_apply(t.params<decltype(zero)>(), cuda::RowTeam(team), current_stream(jacobian)),
         "pinv_apply");
   });
+  return t;
+}
+
+std::tuple<Tensor, Tensor> pinv_apply(const Tensor& jacobian, const Tensor& residual,
+                                      std::int64_t team) {
+  const PinvTensors t = run_apply(jacobian, residual, std::nullopt, team);
   return {t.output, t.status};
+}
+
+Tensor pinv_apply_out(const Tensor& jacobian, const Tensor& residual, const Tensor& out,
+                      std::int64_t team) {
+  return run_apply(jacobian, residual, out, team).status;
 }
 
 std::tuple<Tensor, Tensor> pinv_adjoint(const Tensor& jacobian, const Tensor& gradient,
@@ -85,10 +96,21 @@ std::tuple<Tensor, Tensor> newton_update(const Tensor& points, const Tensor& val
                                          const std::optional<Tensor>& upper, double tol,
                                          double max_step, std::int64_t team) {
   const DeviceGuard guard(points.get_device_index());
-  const NewtonTensors t =
-      prepare_newton(points, values, jacobian, level, status, lower, upper, tol, max_step);
+  const NewtonTensors t = prepare_newton(points, values, jacobian, level, status, lower, upper, tol,
+                                         max_step, std::nullopt);
   run_newton(t, team);
   return {t.next, t.status};
+}
+
+Tensor newton_update_out(const Tensor& points, const Tensor& values, const Tensor& jacobian,
+                         const Tensor& level, const std::optional<Tensor>& status,
+                         const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
+                         double tol, double max_step, const Tensor& out, std::int64_t team) {
+  const DeviceGuard guard(points.get_device_index());
+  const NewtonTensors t =
+      prepare_newton(points, values, jacobian, level, status, lower, upper, tol, max_step, out);
+  run_newton(t, team);
+  return t.status;
 }
 
 void newton_update_(const Tensor& points, const Tensor& status, const Tensor& values,
@@ -159,8 +181,10 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& query, const Tensor& cloud) {
 
 STABLE_TORCH_LIBRARY_IMPL(levelset_ext, CUDA, library) {
   library.impl("pinv_apply", TORCH_BOX(&pinv_apply));
+  library.impl("pinv_apply_out", TORCH_BOX(&pinv_apply_out));
   library.impl("pinv_adjoint", TORCH_BOX(&pinv_adjoint));
   library.impl("newton_update", TORCH_BOX(&newton_update));
+  library.impl("newton_update_out", TORCH_BOX(&newton_update_out));
   library.impl("newton_update_", TORCH_BOX(&newton_update_));
   library.impl("bracket_update_", TORCH_BOX(&bracket_update_));
   library.impl("nearest", TORCH_BOX(&nearest));

@@ -18,10 +18,17 @@
 // ignores it.
 STABLE_TORCH_LIBRARY(levelset_ext, library) {
   library.def("pinv_apply(Tensor jacobian, Tensor residual, int team=0) -> (Tensor, Tensor)");
+  library.def(
+      "pinv_apply_out(Tensor jacobian, Tensor residual, Tensor(a!) out, int team=0) -> Tensor");
   library.def("pinv_adjoint(Tensor jacobian, Tensor gradient, int team=0) -> (Tensor, Tensor)");
   library.def(
       "newton_update(Tensor points, Tensor values, Tensor jacobian, Tensor level, Tensor? status, "
       "Tensor? lower, Tensor? upper, float tol, float max_step, int team=0) -> (Tensor, Tensor)");
+  library.def(
+      "newton_update_out(Tensor points, Tensor values, Tensor jacobian, Tensor level, Tensor? "
+      "status, Tensor? lower, Tensor? upper, float tol, float max_step, Tensor(a!) out, int "
+      "team=0) "
+      "-> Tensor");
   library.def(
       "newton_update_(Tensor(a!) points, Tensor(b!) status, Tensor values, Tensor jacobian, "
       "Tensor level, Tensor? index, Tensor? lower, Tensor? upper, float tol, float max_step, "

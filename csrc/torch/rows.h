@@ -23,7 +23,9 @@ struct PinvTensors {
   }
 };
 
-PinvTensors prepare_apply(const Tensor& jacobian, const Tensor& residual);
+// The result is written to `out` where one is given, contiguous memory of its own.
+PinvTensors prepare_apply(const Tensor& jacobian, const Tensor& residual,
+                          const std::optional<Tensor>& out);
 PinvTensors prepare_adjoint(const Tensor& jacobian, const Tensor& gradient);
 
 struct NewtonTensors {
@@ -61,7 +63,7 @@ struct NewtonTensors {
 NewtonTensors prepare_newton(const Tensor& points, const Tensor& values, const Tensor& jacobian,
                              const Tensor& level, const std::optional<Tensor>& status,
                              const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
-                             double tol, double max_step);
+                             double tol, double max_step, const std::optional<Tensor>& out);
 
 NewtonTensors prepare_newton_inplace(const Tensor& points, const Tensor& status,
                                      const Tensor& values, const Tensor& jacobian,

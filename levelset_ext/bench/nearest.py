@@ -76,12 +76,12 @@ def run(settings: Settings, limits: dict[str, Any]) -> dict[str, Any]:
             lambda: query(cKDTree(cloud.cpu().numpy())),
             "cKDTree, build included",
         ),
-        Competitor("cdist", by_cdist, "torch.cdist and min, 64 rows at a time", rounds=2),
+        Competitor("cdist", by_cdist, "torch.cdist and min, 64 rows at a time", rounds=1),
         Competitor(
             "published",
             lambda: published.squared_distance(x, cloud).clamp_min(0).sqrt(),
             "|x|^2 + |y|^2 - 2 x.y of all pairs, 512 rows at a time",
-            rounds=2,
+            rounds=1,
         ),
     ]
     table = compare(f"{n} x {m} points", competitors, check, settings)

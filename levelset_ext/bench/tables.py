@@ -60,11 +60,15 @@ def op_lines(result: Result) -> Iterator[str]:
         yield (
             f"  {op:16} n {case['rows']:<8} l {case['outputs']} d {case['dimension']:<4} "
             f"{duration(mine['seconds']['median']):>8} {mine['gb_per_s']:6.2f} GB/s, "
-            f"{mine['share_of_copy']:4.0%} of a copy  {others}{left_out}"
+            f"{mine['share_of_copy']:4.0%} of a copy{' ' if mine['near_copy'] else '*'} "
+            f"{others}{left_out}"
         )
     for op, by_name in result["geometric_mean_ratio"].items():
         means = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in by_name.items())
         yield f"  {op}, geometric mean over all sizes: {means}"
+    for op, by_name in result["near_copy"].items():
+        shares = ", ".join(f"{name} {some} of {every}" for name, (some, every) in by_name.items())
+        yield f"  {op}, large cases at 60 % of a copy or more (* below): {shares}"
 
 
 def block(case: Result) -> Iterator[str]:
@@ -157,6 +161,8 @@ def table_text(result: Result) -> str:
 _COLOURS = {
     "ours": "#1b7837",
     "ours, any network": "#7fbf7b",
+    "ours, mixed": "#00441b",
+    "ours, out=": "#7fbf7b",
     "ours, module": "#7fbf7b",
     "ours, new cloud": "#7fbf7b",
     "published": "#d73027",

@@ -182,7 +182,7 @@ def run(settings: Settings, limits: dict[str, Any]) -> dict[str, Any]:
             "published",
             by_published(one),
             "all rows, gradients of parameters thrown away, the matrix of all distances",
-            rounds=3,
+            rounds=2,
         ),
         Competitor(
             "compaction",

@@ -16,7 +16,10 @@ from levelset_ext.compiled.mlp import MLP, in_transform
 from levelset_ext.compiled.trace import NotAnMLP
 
 _enabled = True
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, MLP | None]] = weakref.WeakKeyDictionary()
+# For every module what its traces depend on, and the trace for each number of columns: a call with
+# points that do not fit the module must not decide about those that do.
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[int, MLP | None]]]
+_known = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -56,12 +59,15 @@ def compiled_field(fn: Any, x: Tensor) -> MLP | None:
     signature = _signature(fn)
     known = _known.get(fn)
     if known is None or known[0] != signature:
+        known = _known[fn] = signature, {}
+    dimension = x.shape[1]
+    if dimension not in known[1]:
         found: MLP | None = None
         with contextlib.suppress(NotAnMLP), torch.inference_mode(False):
-            found = MLP(fn, x.shape[1])
-        known = signature, found
-        _known[fn] = known
-    return known[1] if known[1] is not None and known[1].takes(x) else None
+            found = MLP(fn, dimension)
+        known[1][dimension] = found
+    field = known[1][dimension]
+    return field if field is not None and field.takes(x) else None
 
 
 def _plain(module: nn.Module) -> bool:
