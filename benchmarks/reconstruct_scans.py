@@ -17,7 +17,7 @@ from typing import Any
 
 from levelset_ext import build_info
 
-KEPT = ("peak_memory_gb", "converged_share", "rank_deficient_rows", "steps")
+KEPT = ("cpu_seconds", "peak_memory_gb", "converged_share", "rank_deficient_rows", "steps")
 
 
 def command(*words: str) -> str:

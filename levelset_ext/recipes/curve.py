@@ -268,7 +268,8 @@ def reconstruct_curve(
     render_curve(out / "preview.png", cloud.points, lines)
     metrics = _metrics(cloud, fine, lines, normal, training, run.history)
     metrics["training_seconds"] = run.trained
-    metrics["seconds"] = run.seconds()
+    metrics["seconds"] = run.spent.seconds()
+    metrics["cpu_seconds"] = run.spent.cpu_seconds()
     watch.done({"preview": out / "preview.png"}, metrics)
     write_json(out / "metrics.json", metrics)
     return metrics

@@ -91,3 +91,17 @@ class Progress:
             self.stream.write(line + "\n")
         self.stream.flush()
         self.reported = now
+
+
+class Spent:
+    """Time since it was made, on the wall and on the processor, and what earlier processes took."""
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
+        self._before = (seconds - time.monotonic(), cpu_seconds - time.process_time())
+
+    def seconds(self) -> float:
+        return self._before[0] + time.monotonic()
+
+    def cpu_seconds(self) -> float:
+        """Of all threads of the process together."""
+        return self._before[1] + time.process_time()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -40,7 +39,7 @@ from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, write_j
 from levelset_ext.recipes.guard import Guard, finite_gradient
 from levelset_ext.recipes.history import HistoryPicture, HistoryTable
 from levelset_ext.recipes.observers import Observer, Observers, ProgressLine, Run
-from levelset_ext.recipes.progress import clock, peak_memory_gb
+from levelset_ext.recipes.progress import Spent, clock, peak_memory_gb
 from levelset_ext.recipes.ranks import ALONE, Ranks
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.recipes.soap import Soap
@@ -547,7 +546,8 @@ def reconstruct(
         in_unit = replace(mesh, vertices=normal.to_unit(mesh.vertices))
         render_preview(out / "preview.png", normal.to_unit(cloud.points), in_unit, training.field)
         metrics = _metrics(cloud, mesh, training, run.history, run.trained)
-        metrics["seconds"] = run.seconds()
+        metrics["seconds"] = run.spent.seconds()
+        metrics["cpu_seconds"] = run.spent.cpu_seconds()
         watch.done({"preview": out / "preview.png"}, metrics)
         write_json(out / "metrics.json", metrics)
         return metrics
@@ -580,14 +580,14 @@ class TrainedRun(Generic[AnyTraining]):
     """A training in a folder after its last step.
 
     normal: from input units to those of the training. history: the last losses. trained: seconds of
-    training, those before a kill included; seconds(): the same until now.
+    training, those before a kill included; spent: the same until now, and on the processor.
     """
 
     training: AnyTraining
     normal: Normalization
     history: dict[str, float]
     trained: float
-    seconds: Callable[[], float]
+    spent: Spent
 
 
 def train_in_folder(
@@ -604,20 +604,18 @@ def train_in_folder(
 ) -> TrainedRun[AnyTraining]:
     """Makes the training of points (N, d) in input units, takes up its checkpoint in ``out`` with
     ``resume``, and takes all steps that are left, with checkpoints of the given kind."""
-    began = time.monotonic()
+    spent = Spent()
     normal = Normalization.fit(points)
     unit = torch.from_numpy(normal.to_unit(points).astype(np.float32)).to(device)
     training = make(unit, config, ranks)
     training.guard.say = say
-    spent = 0.0
     saved = ranks.first(lambda: kept_checkpoint(out, kind)) if resume else None
     if saved is not None:
         training.load(saved["training"])
-        spent = saved["seconds"]
+        spent = Spent(
+            saved["seconds"] + spent.seconds(), saved["cpu_seconds"] + spent.cpu_seconds()
+        )
         say(f"going on at step {training.step} of {config.steps}")
-
-    def seconds() -> float:
-        return spent + time.monotonic() - began
 
     points_of_a_step = config.projected + config.general + config.cloud_points
     watch.begin(
@@ -630,12 +628,12 @@ def train_in_folder(
             (points_of_a_step, "points"),
         )
     )
-    history = _take_steps(training, out, kind, seconds, watch)
-    return TrainedRun(training, normal, history, seconds(), seconds)
+    history = _take_steps(training, out, kind, spent, watch)
+    return TrainedRun(training, normal, history, spent.seconds(), spent)
 
 
 def _take_steps(
-    training: Training, out: Path, kind: str, seconds: Callable[[], float], watch: Observers
+    training: Training, out: Path, kind: str, spent: Spent, watch: Observers
 ) -> dict[str, float]:
     """All steps that are left, with checkpoints of the given kind; returns the last losses."""
     config = training.config
@@ -650,7 +648,8 @@ def _take_steps(
                 out / "checkpoint.pt",
                 {
                     "kind": kind,
-                    "seconds": seconds(),
+                    "seconds": spent.seconds(),
+                    "cpu_seconds": spent.cpu_seconds(),
                     "settings": asdict(config),
                     "training": training.state(),
                 },

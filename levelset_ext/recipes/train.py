@@ -41,7 +41,7 @@ from levelset_ext.recipes.observers import (
     add_observer_options,
     chosen_observers,
 )
-from levelset_ext.recipes.progress import clock, peak_memory_gb, say
+from levelset_ext.recipes.progress import Spent, clock, peak_memory_gb, say
 from levelset_ext.recipes.ranks import ALONE, Ranks, launched, restarted
 from levelset_ext.recipes.run_folder import begin_run, digest
 from levelset_ext.recipes.settings import parse_settings
@@ -139,7 +139,7 @@ def train(
     if finished is not None:
         return finished
 
-    spent = _Spent()
+    spent = Spent()
     saved = ranks.first(lambda: kept_checkpoint(out, CLASSIFIER_KIND)) if resume else None
     if saved is not None:
         spent = _load(training, saved, out / "checkpoint.pt")
@@ -163,20 +163,6 @@ def train(
     watch.done({}, metrics)
     ranks.first(lambda: write_json(out / "metrics.json", metrics))
     return metrics
-
-
-class _Spent:
-    """Time since it was made, on the wall and on the processor, and what earlier processes took."""
-
-    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
-        self._before = (seconds - time.monotonic(), cpu_seconds - time.process_time())
-
-    def seconds(self) -> float:
-        return self._before[0] + time.monotonic()
-
-    def cpu_seconds(self) -> float:
-        """Of all threads of the process together."""
-        return self._before[1] + time.process_time()
 
 
 def _check_images(name: str, data: Images, config: TrainConfig) -> None:
@@ -244,7 +230,7 @@ def _try(training: Training) -> None:
         raise InputError(f"{training.config.objective}: {error}") from None
 
 
-def _load(training: Training, saved: dict[str, Any], path: Path) -> _Spent:
+def _load(training: Training, saved: dict[str, Any], path: Path) -> Spent:
     """Brings the training to where its checkpoint is; returns the time that took."""
     if "training" not in saved or "seconds" not in saved:
         raise InputError(f"{path}: expected the checkpoint of a training, got a classifier alone")
@@ -253,10 +239,10 @@ def _load(training: Training, saved: dict[str, Any], path: Path) -> _Spent:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
-    return _Spent(float(saved["seconds"]), float(saved.get("cpu_seconds", "nan")))
+    return Spent(float(saved["seconds"]), float(saved.get("cpu_seconds", "nan")))
 
 
-def _train(training: Training, test: Images, out: Path, spent: _Spent, watch: Observers) -> None:
+def _train(training: Training, test: Images, out: Path, spent: Spent, watch: Observers) -> None:
     config, per_epoch = training.config, training.steps_per_epoch
     watched = training.held_out or test
     clean: float | None = None

@@ -20,7 +20,6 @@ Section = Callable[[Book], str]
 # What a result says, by its name.
 TEXTS: dict[str, Section] = {
     "reconstruct_fast": partial(surfaces.reconstruct, "reconstruct_fast"),
-    "reconstruct_soap": partial(surfaces.reconstruct, "reconstruct_soap"),
     "surface_table": surfaces.surface_table,
     "surface_ablation": surfaces.ablation,
     "figure_a2": surfaces.figure_a2,
@@ -80,7 +79,7 @@ WITHIN = {
 }
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "Surfaces": (
-        "reconstruct_fast", "reconstruct_soap", "surface_table", "surface_ablation", "figure_a2",
+        "reconstruct_fast", "surface_table", "surface_ablation", "figure_a2",
         "warm_pool",
     ),
     "Curves": ("curves", "figure3"),
@@ -191,7 +190,7 @@ def _rows(book: Book, verdict: str) -> list[list[str]]:
 INDEX = {
     "Figure 1, boundaries in the plane": ("figure1",),
     "Figure 2, Table A2, few images": ("figure2",),
-    "Figure 3, surfaces": ("reconstruct_fast", "reconstruct_soap", "surface_table"),
+    "Figure 3, surfaces": ("reconstruct_fast", "surface_table"),
     "Figure 3, curves": ("curves", "figure3"),
     "Table 1, MNIST": ("robust_mnist", "equal_mnist", "equal_digits"),
     "Table 1, CIFAR10; Table A4": ("cifar10",),

@@ -153,20 +153,6 @@ RESULTS: tuple[Result, ...] = (
         full_minutes=600,
     ),
     Result(
-        "reconstruct_soap",
-        "The same with the preset soap",
-        "Table 2, beyond it",
-        ("reconstruct_soap.json",),
-        (
-            Step(
-                "python benchmarks/reconstruct_scans.py $SCANS --preset soap --work $OUT "
-                "--json $OUT/reconstruct_soap.json",
-                {"reconstruct_soap.json": _data("reconstruct_soap.json")},
-            ),
-        ),
-        minutes=15,
-    ),
-    Result(
         "surface_table",
         "Against other methods, in the same time",
         "Table 2 (AtlasNet), with IGR and screened Poisson",

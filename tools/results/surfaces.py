@@ -41,7 +41,7 @@ def reconstruct(name: str, book: Book) -> str:
         rows.append(
             [
                 scan,
-                seconds(number(run.get("wall_seconds"))),
+                seconds(number(run.get("cpu_seconds"))),
                 fixed(2)(SCALE * one["chamfer_l1_relative"]),
                 fixed(2)(SCALE * one["chamfer_l2_relative"]),
                 fixed(3)(one["two_sided_ratio"]),
@@ -54,7 +54,7 @@ def reconstruct(name: str, book: Book) -> str:
             ]
         )
     head = [
-        "scan", "time", "Chamfer L1", "Chamfer L2", "/ floor", "point to surface", "its floor",
+        "scan", "CPU time", "Chamfer L1", "Chamfer L2", "/ floor", "point to surface", "its floor",
         "Hausdorff", "normals", "pieces, genus", "converged, %",
     ]  # fmt: skip
     return table(head, rows)
