@@ -117,7 +117,7 @@ def competitors(problem: Problem, names: Sequence[str]) -> list[Competitor]:
 
     known: dict[str, Callable[[], Competitor]] = {
         "ours": lambda: Competitor(
-            "ours", ours(problem, True), "project(net, x): the compiled loop on a CPU"
+            "ours", ours(problem, True), "project(net, x): the compiled loop"
         ),
         "ours, any network": lambda: Competitor(
             "ours, any network",
