@@ -7,13 +7,14 @@
 #
 # Uses $PYTHON or python3 with torch, numpy, scipy, setuptools and pytest; pytest-xdist and ninja where
 # they are there; and the CUDA toolkit in CUDA_HOME, or the one of the nvcc on the path. STEPS names the
-# steps to run, out of "build tests sanitizer resources benchmarks". What takes too long is stopped and
-# counts as failed; the steps after it run. Status 0: all is well, 1: a step failed, 2: something is
+# steps to run, out of "build tests benchmarks sanitizer resources". What takes too long is stopped and
+# counts as failed, and so is all that has not run after SECONDS_IN_ALL (570). Status 0: all is well, 1: a step failed, 2: something is
 # missing, 3: there is no GPU. FOLDER/summary.json has a line for every step.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-steps=${STEPS:-build tests sanitizer resources benchmarks}
+steps=${STEPS:-build tests benchmarks sanitizer resources}
+deadline=${SECONDS_IN_ALL:-570}
 case ${1:-} in
   "") out=$root/benchmarks/results/gpu ;;
   /*) out=$1 ;;
@@ -43,6 +44,8 @@ summary=()
 run() {
   local name=$1 limit=$2 began=$SECONDS status=0
   shift 2
+  if [ "$limit" -gt $((deadline - SECONDS)) ]; then limit=$((deadline - SECONDS)); fi
+  if [ "$limit" -lt 1 ]; then limit=1; fi
   timeout --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1 || status=$?
   if [ "$status" -eq 0 ]; then
     echo "$name: ok ($((SECONDS - began)) s)"
@@ -68,6 +71,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 # The build runs in a folder that links to the sources but holds no pyproject.toml: the metadata in it
 # are written for setuptools 77, and an older one would refuse them.
+# shellcheck disable=SC2329  # called by the shell that `run` starts
 build() {
   local stage
   stage=$(mktemp -d)
@@ -98,6 +102,10 @@ if wanted tests; then
   fi
 fi
 
+if wanted benchmarks; then
+  run benchmarks 200 "$python" benchmarks/gpu_ops.py --out "$out"
+fi
+
 if wanted sanitizer; then
   sanitizer=$CUDA_HOME/bin/compute-sanitizer
   [ -x "$sanitizer" ] || sanitizer=$(command -v compute-sanitizer || true)
@@ -117,10 +125,6 @@ fi
 if wanted resources; then
   run resources 120 "$python" tools/check_cuda_resources.py --arch "sm_${capability/./}" \
     --json "$out/resources.json"
-fi
-
-if wanted benchmarks; then
-  run benchmarks 200 "$python" benchmarks/gpu_ops.py --out "$out"
 fi
 
 printf '\n== done in %d s, results are in %s\n' "$SECONDS" "$out"

@@ -130,7 +130,7 @@ def competitors(problem: Problem, names: Sequence[str]) -> list[Competitor]:
 
     known: dict[str, Callable[[], Competitor]] = {
         "ours": lambda: Competitor(
-            "ours", ours(problem, True), "project(net, x): the compiled loop on a CPU"
+            "ours", ours(problem, True), "project(net, x): the compiled loop"
         ),
         "ours, mixed": lambda: Competitor(
             "ours, mixed",

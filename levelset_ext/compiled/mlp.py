@@ -328,10 +328,13 @@ class _Pack:
     def holds(self, sources: Sequence[Tensor]) -> bool:
         if _versions(sources) != self._versions:
             return False
-        if sources[0].device.type != "cpu":  # wait for the device once, not for every tensor
-            pairs = zip(self._copies, sources, strict=True)
-            return not bool(torch.stack([(c != s).any() for c, s in pairs]).any())
+        if sources[0].device.type != "cpu":  # few launches, and one wait for the device
+            return torch.equal(_in_one_piece(self._copies), _in_one_piece(sources))
         return all(torch.equal(c, s) for c, s in zip(self._copies, sources, strict=True))
+
+
+def _in_one_piece(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
