@@ -17,6 +17,7 @@ from levelset_ext.bench.newton import Reference, fc28, problem
 from levelset_ext.bench.timing import Competitor, Mismatch, Settings, compare, measured, spread
 from levelset_ext.cli import main
 from levelset_ext.networks import ImplicitMLP
+from levelset_ext.recipes.progress import Progress
 
 TINY = Settings("tiny", 2)
 CPU = torch.device("cpu")
@@ -103,6 +104,18 @@ WRONG: list[tuple[str, Any, str, Any]] = [
     ("nearest", published, "squared_distance", lambda x, cloud: published_distance(x, cloud[:99])),
     ("ops", ops, "apply", lambda jacobian, r: (jacobian * r[:, :, None]).sum(1)),
 ]
+
+
+def test_long_cases_say_how_far_they_are(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "Progress", lambda name, total: Progress(name, total, every=0.0))
+    slow = Competitor("slow", lambda: 1, rounds=1)
+    many = Competitor("many", lambda: 1, rounds=9)  # takes part in all three
+    field = [Competitor("ours", lambda: 1), slow, many]
+    compare("case", field, lambda name, result: {}, Settings("tiny", 3), memory=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
+    assert [line.split()[1] for line in lines] == [f"{k}/7" for k in range(1, 8)]
+    assert "left" in lines[0]
+    assert "spent" in lines[-1]
 
 
 @pytest.mark.parametrize(("what", "module", "name", "wrong"), WRONG, ids=[w[0] for w in WRONG])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.progress import Progress, say
 
 
 class Mismatch(RuntimeError):
@@ -130,6 +130,8 @@ def compare(
     running = [one for one in competitors if one.name in entries]
     times: dict[str, list[float]] = {one.name: [] for one in running}
     busy: dict[str, list[float]] = {one.name: [] for one in running}
+    runs = sum(min(settings.repeats, one.rounds or settings.repeats) for one in running)
+    progress, done, said = Progress("run", runs), 0, False
     for turn in range(settings.repeats):
         shift = turn % len(running)
         for one in running[shift:] + running[:shift]:
@@ -137,6 +139,10 @@ def compare(
                 began = time.process_time()
                 times[one.name].append(_time(one.run, numbers[one.name], settings.device))
                 busy[one.name].append((time.process_time() - began) / numbers[one.name])
+                done += 1
+                if progress.due() or (said and done == runs):
+                    progress.report(done, one.name, done == runs)
+                    said = True
     gc.unfreeze()
     for name, entry in entries.items():
         entry["rounds"] = len(times[name])

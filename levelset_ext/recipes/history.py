@@ -179,8 +179,8 @@ def draw_history(table: Path, picture: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    count = -(-len(panels) // 2)
-    across = min(2, len(panels))
+    across = len(panels) if len(panels) <= 3 else 2
+    count = -(-len(panels) // across)
     figure, axes = plt.subplots(
         count, across, figsize=(4.6 * across, 2.9 * count), squeeze=False, layout="constrained"
     )
@@ -193,7 +193,9 @@ def draw_history(table: Path, picture: Path) -> bool:
             label = name.replace("_", " ")
             axis.plot(*zip(*points, strict=True), mark + "-", lw=1.2, color=colour, label=label)
         values = [row[name] for row in rows for name in some if name in row]
-        if title != "share" and min(values) > 0 and max(values) > 20 * min(values):
+        if title == "share":
+            axis.set_ylim(min(0.9, *values) - 0.02, 1.02)
+        elif min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
