@@ -45,11 +45,15 @@ def _reconstruct(args: argparse.Namespace) -> None:
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
-    cloud = load_cloud(args.scan, args.seed)
     with launched(args.device) as (ranks, device):
-        resume = args.resume or restarted()
         metrics = reconstruct(
-            cloud, Path(args.out), config, device=device, resume=resume, say=say, ranks=ranks
+            load_cloud(args.scan, args.seed),
+            Path(args.out),
+            config,
+            device=device,
+            resume=args.resume or restarted(),
+            say=say,
+            ranks=ranks,
         )
     if ranks.main:
         say(
