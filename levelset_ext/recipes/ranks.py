@@ -237,7 +237,12 @@ def launched(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     try:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # A launcher with a fixed address keeps its store, and with it the addresses of processes
+        # that have ended.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
@@ -246,7 +251,14 @@ def launched(device: str) -> Iterator[tuple[Ranks, torch.device]]:
             f"others at {where} ({reason})"
         ) from None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), own), own
+        yield Ranks(rank, size, own), own
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        raise RuntimeError(
+            f"rank {rank} of {size} lost the others, of which one has ended; what it said last "
+            f"tells why ({str(error).splitlines()[0]})"
+        ) from None
     finally:
         dist.destroy_process_group()
 
