@@ -55,8 +55,11 @@ def fit_disks(cloud: Tensor, neighbours: int = 12, covered: int = 4) -> Disks:
         covered: the radius is the distance to so manieth a neighbour, less than ``neighbours``.
 
     Raises:
-        ValueError: ``neighbours`` is below d, ``covered`` below 1 or not below ``neighbours``.
+        ValueError: ``cloud`` has no points or one that is not finite, ``neighbours`` is below d,
+            ``covered`` below 1 or not below ``neighbours``.
     """
+    if cloud.dim() != 2 or 0 in cloud.shape or not bool(torch.isfinite(cloud).all()):
+        raise ValueError(f"cloud: expected finite points (N, d), got {tuple(cloud.shape)}")
     d = cloud.shape[1]
     if neighbours < d:
         raise ValueError(f"neighbours: expected at least d = {d}, got {neighbours}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -41,7 +42,10 @@ def read_json(path: Path) -> Any:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    write_whole(path, lambda stream: torch.save(state, stream))
+    # Into memory first: of a disk that is full torch's writer makes an error of its own.
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, lambda stream: stream.write(content.getbuffer()))
 
 
 def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:

@@ -23,7 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 # In memory where there is such a place: a disk would take longer than the readers.
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-STANDSTILL = 60.0  # seconds on one case before it counts as a hang
+# A hang: so many seconds of processor time on one case, or so many of the clock. The first is what
+# an endless loop takes on any machine, however busy; the second is for who waits for nothing.
+BUSY, IDLE = 60.0, 900.0
+
+
+_NOTE = 2000  # characters of a case in the journal
 
 
 @dataclass
@@ -62,8 +67,12 @@ class Journal:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def note(self, number: int, case: str = "") -> None:
-        text = f"{number} {case}"[:2000].ljust(64).encode() + b"\n"
+        text = f"{number} {case}"[:_NOTE].ljust(64).encode() + b"\n"
         os.pwrite(self._file, text, 0)
+
+    def beat(self, text: str) -> None:
+        """Says that the case in hand goes on, where it waits for others."""
+        os.pwrite(self._file, text[:64].ljust(64).encode(), 4 * _NOTE)
 
 
 # Cases that ran, how many of them were not refused, and what failed.
@@ -98,7 +107,8 @@ def run(script: str, jobs: list[Job], say: Callable[[str], None] = print) -> Out
             if code == 0 or not left:
                 break
             job = left.pop(0)
-            number, _, case = journal.read_text(errors="replace").splitlines()[0].partition(" ")
+            noted = journal.read_text(errors="replace").splitlines() or [""]
+            number, _, case = noted[0].partition(" ")
             at = int(number) if number.strip().isdigit() else job.first
             happened = "no progress" if code is None else f"exit {code}: {errors[-300:]}"
             case = f"seed {job.seed}, case {at} {case.strip()}"
@@ -122,22 +132,32 @@ def _watch(command: list[str], journal: Path) -> tuple[int | None, str]:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
         )
-        last, since = b"", time.monotonic()
+        last = b""
+        since, busy = time.monotonic(), 0.0
         code: int | None = None
         while True:
             try:
                 code = process.wait(1.0)
                 break
             except subprocess.TimeoutExpired:
-                now = journal.read_bytes()
+                now, spent = journal.read_bytes(), processor_time(process.pid)
                 if now != last:
-                    last, since = now, time.monotonic()
-                elif time.monotonic() - since > STANDSTILL:
+                    last, since, busy = now, time.monotonic(), spent
+                elif spent - busy > BUSY or time.monotonic() - since > IDLE:
                     process.kill()
                     process.wait()
                     break
         errors.seek(0)
         return code, errors.read()
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has computed so far."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0  # it has ended
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(script: str, worker: Worker, targets: list[str]) -> int:

@@ -43,7 +43,7 @@ from levelset_ext.recipes.files import load_checkpoint, read_json
 HEADROOM = 256 << 20  # bytes a worker may map beyond what it has when it begins
 PEAK = 8 << 20, 64  # what a reader may allocate: so much, and so many times the file
 TRACED = 40  # one case in so many is measured
-SECONDS = 10.0
+SECONDS = 10.0  # of processor time for one file
 
 
 # --- valid files ----------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def read_once(
     accepted, wrong = False, ""
     if traced:
         tracemalloc.start()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     _reading = True
     try:
         reader(path)
@@ -341,7 +341,7 @@ def read_once(
         wrong = f"{type(error).__name__}: {error}"[:300]
     finally:
         _reading = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     if _seen:
         wrong = f"runs code: {_seen[0]}"
     if traced:
@@ -355,7 +355,7 @@ def read_once(
 def prepare() -> None:
     """What a process needs before it reads: no code that the files bring, no endless readers."""
     sys.addaudithook(_audit)
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     np.seterr(all="ignore")
 
 
