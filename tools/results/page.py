@@ -56,6 +56,9 @@ PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
     "equal_digits": (
         ("equal_digits.png", "Accuracies of seven trainings as bars; clean against worst case"),
     ),
+    "equal_mnist": (
+        ("equal_mnist.png", "Accuracies of seven trainings as bars; clean against worst case"),
+    ),
     "distances": (("distance_histogram.png", "Histograms of distances to the boundary, digits"),),
     "convergence": (("convergence_mnist.png", "Shares of crossed and converged rows by epoch"),),
     "attack_strength": (("attack_strength.png", "Accuracy against steps, eps and restarts"),),

@@ -334,7 +334,10 @@ RESULTS: tuple[Result, ...] = (
         ("equal_mnist.json",),
         (
             _example(
-                "table1_robustness", _EQUAL_MNIST, table1__json=_data("equal_mnist.json")
+                "table1_robustness",
+                _EQUAL_MNIST,
+                table1__json=_data("equal_mnist.json"),
+                robustness__png=_image("equal_mnist.png"),
             ),
         ),
         minutes=40,
