@@ -46,8 +46,9 @@ def _reconstruct(args: argparse.Namespace) -> None:
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
+    observers = chosen_observers(args)  # before a large file is read
     cloud = load_cloud(args.scan, args.seed)
-    with launched(args.device) as (ranks, device), chosen_observers(args) as observers:
+    with launched(args.device) as (ranks, device), observers:
         metrics = reconstruct(
             cloud,
             Path(args.out),
