@@ -46,7 +46,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
-    with launched(args.device) as (ranks, device), chosen_observers(args) as observers:
+    observers = chosen_observers(args)  # before a large file is read
+    with launched(args.device) as (ranks, device), observers:
         metrics = reconstruct(
             load_cloud(args.scan, args.seed),
             Path(args.out),

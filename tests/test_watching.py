@@ -67,6 +67,18 @@ class Recorder(Observer):
         self.closed += 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_previews() -> Any:
+    """Previews are drawn by rays for seconds, and are tested elsewhere."""
+
+    def draw(path: Path, cloud: np.ndarray, *_: Any) -> None:
+        Image.fromarray(np.full((5, 7, 3), len(cloud) % 256, np.uint8)).save(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, "render_preview", draw)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
     out, recorder = tmp_path_factory.mktemp("whole"), Recorder()
