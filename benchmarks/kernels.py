@@ -5,7 +5,7 @@
         [--min-time SECONDS] [--filter REGEX]
 
 Runs the Google Benchmark program of benchmarks/cpp and prints a line for each benchmark:
-processor time, time a row, GB/s, and the share of what a copy of about the same size moves. With --out
+processor time, time a row, GB/s, and the share of what a copy of about that size moves. With --out
 the same goes to a JSON file, with what it depends on: processor, compiler, vector instructions.
 """
 
