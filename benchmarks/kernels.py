@@ -5,7 +5,7 @@
         [--min-time SECONDS] [--filter REGEX]
 
 Runs the Google Benchmark program of benchmarks/cpp and prints a line for each benchmark:
-processor time, time a row, GB/s, and the share of what the nearest smaller copy moves. With --out
+processor time, time a row, GB/s, and the share of what a copy of about that size moves. With --out
 the same goes to a JSON file, with what it depends on: processor, compiler, vector instructions.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def run(program: Path, min_time: float, only: str) -> list[dict[str, Any]]:
             copies[int(moved)] = row["gb_per_s"]
         else:
             row["ns_per_row"] = row["seconds"] / row["n"] * 1e9
-            nearest = max((size for size in copies if size <= moved), default=min(copies))
+            nearest = min(copies, key=lambda size: abs(math.log(size / moved)))
             row["share_of_copy"] = row["gb_per_s"] / copies[nearest]
         rows.append(row)
     return rows
