@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,9 +130,34 @@ _CAT = (torch.cat, torch.concat, torch.hstack)
 _LEAVES = (nn.Linear, nn.ReLU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Identity, nn.Dropout)
 
 
+# While torch.fx traces it replaces nn.Module.__call__ and __getattr__, for every thread: two traces
+# at once would put each other's functions back, and other threads' modules come by here.
+_TRACING = threading.RLock()
+
+
 class _Tracer(fx.Tracer):
+    """Records what its own thread calls, and lets other threads' modules through."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=())
+        self._thread = threading.get_ident()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _TRACING:
+            return super().trace(root, concrete_args)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, _LEAVES)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 class Reader:

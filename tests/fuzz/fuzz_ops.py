@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -779,8 +780,9 @@ CHAIN = st.fixed_dictionaries(
     }
 )
 
-# target: (what is drawn, what is checked, share of the cases)
-TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[dict[str, Any]], None], float]] = {
+# What is drawn, what is checked, share of the cases.
+Target = tuple[st.SearchStrategy[Any], Callable[[dict[str, Any]], None], float]
+TARGETS: dict[str, Target] = {
     "pinv": (PINV, pinv_case, 1.8),
     "newton": (NEWTON, newton_case, 1.8),
     "alias": (ALIAS, alias_case, 1.5),
@@ -795,9 +797,11 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[dict[str, Any]], None
 }
 
 
-def work(job: driver.Job, journal: driver.Journal) -> tuple[int, int, list[dict[str, Any]]]:
+def work(
+    targets: dict[str, Target], job: driver.Job, journal: driver.Journal
+) -> tuple[int, int, list[dict[str, Any]]]:
     torch.set_num_threads(1)
-    strategy, body, share = TARGETS[job.target]
+    strategy, body, share = targets[job.target]
     counts = {"done": 0, "accepted": 0}
     failures: list[dict[str, Any]] = []
     cases = max(1, round(job.cases * share))
@@ -838,4 +842,4 @@ def work(job: driver.Job, journal: driver.Journal) -> tuple[int, int, list[dict[
 
 
 if __name__ == "__main__":
-    sys.exit(driver.main(__file__, work, list(TARGETS)))
+    sys.exit(driver.main(__file__, partial(work, TARGETS), list(TARGETS)))
