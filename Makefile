@@ -20,9 +20,10 @@ SOURCES := $(shell find csrc -type f) setup.py VERSION
 CLANG_FORMAT = $(shell $(PYTHON) -c "import shutil, sysconfig; print(shutil.which('clang-format', path=sysconfig.get_path('scripts')) or 'clang-format')")
 DEMO_STEPS ?= 3000
 CASES ?= 10000
+KILLS ?= 150
 
 .DEFAULT_GOAL := build
-.PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench soak gpu-check ci clean print-python
+.PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench soak sanitize gpu-check ci clean print-python
 
 help:
 	@sed -n 's/^# //p' Makefile | head -7
@@ -102,9 +103,17 @@ results: build                     ## docs/results.md and what it lacks; MNIST=D
 results-full: build                ## the same in the paper's settings, for a GPU; also CIFAR=DIR
 	$(PYTHON) -m tools.results run --full $(RESULTS_DATA)
 
-soak: build                        ## long fuzzing of ops and file readers; CASES=... of each
-	-$(PYTHON) tests/fuzz/fuzz_ops.py --cases $(CASES) --out benchmarks/results/soak.json
-	$(PYTHON) tests/fuzz/fuzz_readers.py --cases $$((10 * $(CASES))) --out benchmarks/results/soak.json
+soak: build                        ## long fuzzing of ops and file readers, and kills of trainings; CASES=... of ops
+	status=0; counts=benchmarks/results/soak.json; \
+	$(PYTHON) tests/fuzz/fuzz_ops.py --cases $(CASES) --out $$counts || status=1; \
+	$(PYTHON) tests/fuzz/fuzz_readers.py --cases $$((10 * $(CASES))) --out $$counts || status=1; \
+	if $(PYTHON) -c "import atheris" 2> /dev/null; then \
+	  $(PYTHON) tests/fuzz/guided_readers.py --cases $$((2 * $(CASES))) --out $$counts || status=1; fi; \
+	$(PYTHON) tests/fuzz/kill_runs.py --cases $(KILLS) --out $$counts || status=1; \
+	$(PYTHON) tests/fuzz/page.py; exit $$status
+
+sanitize: build/setup.stamp        ## the op tests under the address and undefined-behaviour sanitizers
+	PYTHON=$(PYTHON) bash tools/sanitize.sh
 
 gpu-check:                         ## on a machine with a GPU: CUDA tests, sanitizers, benchmark tables
 	bash benchmarks/gpu_check.sh

@@ -7,6 +7,7 @@ Environment
     FORCE_CUDA=1           fail if no toolkit is found
     TORCH_CUDA_ARCH_LIST   architectures, such as "9.0" or "8.0;9.0+PTX"
     MAX_JOBS               parallel compile jobs
+    SANITIZE               sanitizers for the C++ code, see tools/sanitize.sh
 """
 
 import os
@@ -115,6 +116,10 @@ def extension() -> object:
     options: dict = {"include_dirs": [], "library_dirs": [], "libraries": [], "extra_link_args": []}
     cxx = ["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden", "-g0"]
     nvcc = ["-O3", "-std=c++20", "--Werror", "all-warnings", "-lineinfo", "--threads", "2"]
+    if os.environ.get("SANITIZE"):
+        chosen = f"-fsanitize={os.environ['SANITIZE']}"
+        cxx += ["-O1", "-g1", chosen, "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        options["extra_link_args"] = [chosen]
     if toolkit is not None:
         major, minor = toolkit_version(toolkit)
         architectures = "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
