@@ -139,7 +139,7 @@ class _Tracer(fx.Tracer):
     """Records what its own thread calls, and lets other threads' modules through."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # none is fine
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
