@@ -216,7 +216,7 @@ def index() -> str:
     for what, names in INDEX.items():
         results = [by_name()[name] for name in names]
         links = ", ".join(f"[{one.title}](#{_anchor(one.title)})" for one in results)
-        states = {_state(one) for one in results}
+        states = {_state(part) for one in results for part in (one, *_inside(one.name))}
         state = states.pop() if len(states) == 1 else "in part"
         rows.append([what, links or "`levelset_ext.networks`", state if names else "there"])
     return "\n".join(

@@ -133,7 +133,7 @@ def seconds(value: float) -> str:
 def bold_best(values: Sequence[float], text: Callable[[float], str], low: bool) -> list[str]:
     """The texts of some figures, the best ones bold."""
     known = [value for value in values if math.isfinite(value)]
-    best = text((min if low else max)(known)) if known else None
+    best = text((min if low else max)(known)) if len(known) > 1 else None
     return [f"**{text(v)}**" if text(v) == best else text(v) for v in values]
 
 
