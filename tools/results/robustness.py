@@ -207,8 +207,9 @@ def equal(book: Book, name: str, what: str) -> str:
     attack = found["settings"]["attack"]
     text = [
         f"Percent of {rows_count} test images; attacks with eps {attack['eps']:g}, PGD with "
-        f"{attack['iters']} steps of {attack['step']:g}. At {worst:.1f} % so many images leave a 95 % "
-        f"interval of {100 * low:.1f} to {100 * high:.1f}, so what is nearer than that is not told "
+        f"{attack['iters']} steps of {attack['step']:g}. At {worst:.1f} % so many images leave a "
+        f"95 % interval of {100 * low:.1f} to {100 * high:.1f}, so what is nearer than that is "
+        "not told "
         "apart. Minutes are processor time of the training. Learning rate and schedule of ours "
         "were tuned, the others' were not or less.",
         "",
