@@ -352,7 +352,8 @@ def distances(book: Book) -> str:
         table(head, rows, left=2)
         + "\n\nL_inf distances from test images to the point that Newton's method finds on the "
         "boundary of their label; negative for a wrong image. It is an upper bound of the "
-        "distance, and where it is above 1 no more than that: Newton's method ended at what is no image."
+        "distance, and where it is above 1 no more than that: Newton's method ended at what "
+        "is no image."
     )
 
 
