@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levelset_ext import ops
+from levelset_ext import _C, ops
 from levelset_ext.compiled import MLP, compiled_field
 from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
 from levelset_ext.ops import level_rows
@@ -111,6 +111,11 @@ def _newton(
     for iteration in range(max_iters + 1):
         values, jacobian = jacobian_of(field, state.active_points())
         jacobian = jacobian.flatten(2)
+        if values.shape[1] > _C.max_outputs:
+            raise ValueError(
+                f"fn: expected 1 to {_C.max_outputs} outputs for method newton, got "
+                f"{values.shape[1]}"
+            )
         state.record(values, jacobian)
         if iteration == max_iters:
             break

@@ -526,7 +526,7 @@ def project_case(case: dict[str, Any]) -> None:
     with compiled_fields(case["compiled"]):
         r = attempt(
             ls.project, fn, x, case["level"], case["max_iters"], case["tol"], case["method"],
-            max_step=case["max_step"], box=box, also="points jacobian",
+            max_step=case["max_step"], box=box, also="points",
         )  # fmt: skip
     check(r.points.shape == x.shape and r.points.dtype == x.dtype, "shape or dtype")
     if x.dim() != 2:

@@ -41,7 +41,14 @@ from levelset_ext.recipes.files import read_json
 # kills comes to its end.
 LATEST = 0.6
 POLL = 0.001  # seconds
-TIMES = ("seconds", "training_seconds", "samples_per_second", "peak_memory_gb", "open")
+TIMES = (
+    "seconds",
+    "cpu_seconds",
+    "training_seconds",
+    "samples_per_second",
+    "peak_memory_gb",
+    "open",
+)
 
 
 @dataclass(frozen=True)
