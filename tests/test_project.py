@@ -427,7 +427,7 @@ def test_refusals(options, message):
 
 
 def test_more_than_eight_outputs_and_half_precision_are_refused_by_name():
-    with pytest.raises(ValueError, match="^fn: expected 1 to 8 outputs for method newton, got 9"):
+    with pytest.raises(ValueError, match=r"^fn: expected 1 to 8 outputs for method newton, got 9"):
         ls.project(problems.Affine(9, 12), problems.points(3, 12))
     with pytest.raises(RuntimeError, match="expected float32 or float64 on the CPU"):
         ls.project(lambda x: x.sum(1), torch.ones(3, 2, dtype=torch.bfloat16))

@@ -41,14 +41,9 @@ from levelset_ext.recipes.files import read_json
 # kills comes to its end.
 LATEST = 0.6
 POLL = 0.001  # seconds
-TIMES = (
-    "seconds",
-    "cpu_seconds",
-    "training_seconds",
-    "samples_per_second",
-    "peak_memory_gb",
-    "open",
-)
+TIMES = (  # of metrics.json
+    "seconds", "cpu_seconds", "training_seconds", "samples_per_second", "peak_memory_gb", "open",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
