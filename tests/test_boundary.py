@@ -202,6 +202,52 @@ def test_nothing_of_the_caller_changes():
     assert any(q.grad is not None and q.grad.any() for q in net.parameters())
 
 
+def test_steps_shrink_geometrically():
+    """Rows that never cross end at x minus the sum of the lengths, 0.16 + 0.08 + 0.04 + 0.02."""
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    y = torch.ones(2, dtype=torch.int64)
+    found = find_boundary(
+        lambda z: z.sum(1) + 9,
+        x,
+        y,
+        1.0,
+        1.0,
+        0.16,
+        4,
+        step_last=0.02,
+        box=None,
+        random_start=False,
+    )
+    torch.testing.assert_close(found.ends, torch.full_like(x, -0.3))
+    last = torch.tensor([0.16, 0.02])
+    found = find_boundary(
+        lambda z: z.sum(1) + 9,
+        x,
+        y,
+        1.0,
+        1.0,
+        0.16,
+        4,
+        step_last=last,
+        box=None,
+        random_start=False,
+    )
+    torch.testing.assert_close(found.ends[:, 0], torch.tensor([-0.64, -0.3]).double())
+    one = find_boundary(
+        lambda z: z.sum(1) + 9,
+        x,
+        y,
+        1.0,
+        1.0,
+        0.16,
+        1,
+        step_last=0.02,
+        box=None,
+        random_start=False,
+    )
+    torch.testing.assert_close(one.ends, torch.full_like(x, -0.16))
+
+
 def test_the_walk_keeps_the_last_place_on_its_own_side():
     net = classifier()
     x, y = batch(50)
@@ -213,8 +259,9 @@ def test_the_walk_keeps_the_last_place_on_its_own_side():
 
     eps, steps = torch.full((50,), 0.3).double(), torch.full((50,), 0.03).double()
     start = (x + 0.3 * (2 * torch.rand(x.shape, generator=seeded()).double() - 1)).clamp(0, 1)
+    alike = torch.ones_like(steps)
     before, after, values, crossed = _walk(
-        field, x, start, margins, correct, eps, steps, 20, (0.0, 1.0)
+        field, x, start, margins, correct, eps, steps, alike, 20, (0.0, 1.0)
     )
     here = margin(net(before), y).detach()
     there = margin(net(after), y).detach()
@@ -234,6 +281,7 @@ def test_the_walk_keeps_the_last_place_on_its_own_side():
         ({"eps_wrong": torch.zeros(5)}, "eps_wrong: expected a number"),
         ({"step": 0.0}, "step: expected finite lengths > 0"),
         ({"iters": -1}, "iters: expected an integer >= 0"),
+        ({"step_last": 0.0}, "step_last: expected finite lengths > 0"),
         ({"step_eps": 0.0}, "step_eps: expected a length > 0"),
         ({"box": (1.0, 0.0)}, "box: expected low <= high"),
         ({"keep_below": 0.0}, "keep_below: expected a number > 0"),

@@ -104,7 +104,7 @@ class Robust:
     is added with the weight ``ends``: it also asks something of the examples whose boundary is
     further away than eps, which are nearly all of a robust network's.
 
-    eps_correct, eps_wrong, step, iters, step_eps, keep_below, max_iters, tol: of
+    eps_correct, eps_wrong, step, iters, step_last, step_eps, keep_below, max_iters, tol: of
     :func:`levelset_ext.find_boundary`. eps_first, warmup: eps_correct grows linearly from
     ``eps_first`` over that share of the training; ``step`` in proportion with "xent". lam_correct,
     lam_wrong, distance: of :func:`levelset_ext.losses.robust`. warm_start: share of the examples
@@ -123,6 +123,7 @@ class Robust:
     eps_wrong: float = 0.5
     step: float = 0.01
     iters: int = 40
+    step_last: float | None = None
     step_eps: float | None = None
     keep_below: float = 0.1
     max_iters: int = 40
@@ -195,6 +196,7 @@ class Robust:
             self.step,
             self.iters,
             start=None if start is None else x + start,
+            step_last=self.step_last,
             step_eps=self.step_eps,
             max_iters=self.max_iters,
             tol=self.tol,
