@@ -304,6 +304,7 @@ def test_eq_11_grows_its_lambda_over_a_share_of_the_training() -> None:
         ({"search": "pgd"}, "search: expected"),
         ({"eps_correct": -0.1}, "eps_correct"),
         ({"step": 0.0}, "step"),
+        ({"search": "xent", "step_last": 0.1}, "step_last: expected None with search .xent."),
         ({"iters": -1}, "iters"),
         ({"warm_start": 1.5}, "warm_start"),
         ({"lost": -1.0}, "lost"),

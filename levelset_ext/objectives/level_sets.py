@@ -156,6 +156,11 @@ class Robust:
             distance=DISTANCES,
             search=("margin", "xent"),
         )
+        if self.step_last is not None and self.search != "margin":
+            raise ValueError(
+                "step_last: expected None with search 'xent', whose steps are all alike, got "
+                f"{self.step_last!r}"
+            )
 
     def __call__(
         self,
