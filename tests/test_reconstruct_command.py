@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_mesh(tmp_path: Path) -> None
     assert start().wait() == 0
     assert (out / "mesh.ply").read_bytes() == (tmp_path / "whole" / "mesh.ply").read_bytes()
     assert not list(out.glob(".*"))
+
+
+def test_killed_between_the_last_step_and_the_results(whole_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole_run, out)
+    (out / "metrics.json").unlink()
+    (out / "mesh.ply").unlink()
+    again = recipe.reconstruct(small_cloud(), out, SMALL, resume=True)
+    before = json.loads((whole_run / "metrics.json").read_text())
+    losses = [name for name in before if name.startswith("loss")]
+    assert len(losses) == 4
+    assert {name: again[name] for name in losses} == {name: before[name] for name in losses}
+    assert (out / "mesh.ply").read_bytes() == (whole_run / "mesh.ply").read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no checkpoint at all"])

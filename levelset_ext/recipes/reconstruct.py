@@ -628,7 +628,11 @@ def train_in_folder(
             (points_of_a_step, "points"),
         )
     )
-    history = _take_steps(training, out, kind, spent, watch)
+    # A run that was killed between its last step and its results has no step left to tell of.
+    if saved is not None and training.step == config.steps:
+        history = saved["last"]
+    else:
+        history = _take_steps(training, out, kind, spent, watch)
     return TrainedRun(training, normal, history, spent.seconds(), spent)
 
 
@@ -643,6 +647,8 @@ def _take_steps(
         last = training.step == config.steps
         due = training.step % config.checkpoint_every == 0 and training.guard.sound()
         saved = last or due
+        if last:
+            recent = _terms(loss)
         if saved and training.ranks.main:
             save_checkpoint(
                 out / "checkpoint.pt",
@@ -652,10 +658,9 @@ def _take_steps(
                     "cpu_seconds": spent.cpu_seconds(),
                     "settings": asdict(config),
                     "training": training.state(),
+                    "last": recent,
                 },
             )
-        if last:
-            recent = _terms(loss)
         watch.after_step(training.step, partial(_look, training, loss), last=last, saved=saved)
     return recent
 
