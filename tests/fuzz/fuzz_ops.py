@@ -620,7 +620,7 @@ def theta_case(case: dict[str, Any]) -> None:
     r = attempt(ls.level_points if case["at"] else ls.project, fn, x, also="points jacobian")
     p = attempt(ls.sample_network, fn, r, frozen=case["frozen"], also="points")
     if case["frozen"]:  # Eq. 9 itself: F is evaluated again, in a batch of another size
-        scale = 1 + x.double().abs().nan_to_num(0, 0, 0).amax()
+        scale = 1 + (x.double().abs().nan_to_num(0, 0, 0).amax() if len(x) else 0)
         near = 64 * torch.finfo(r.points.dtype).eps * scale
         same = torch.isclose(p.detach(), r.points, rtol=0, atol=float(near), equal_nan=True)
         check(bool(same.all()), "p(theta) is not p, to rounding")
