@@ -206,46 +206,17 @@ def test_steps_shrink_geometrically():
     """Rows that never cross end at x minus the sum of the lengths, 0.16 + 0.08 + 0.04 + 0.02."""
     x = torch.zeros(2, 3, dtype=torch.float64)
     y = torch.ones(2, dtype=torch.int64)
-    found = find_boundary(
-        lambda z: z.sum(1) + 9,
-        x,
-        y,
-        1.0,
-        1.0,
-        0.16,
-        4,
-        step_last=0.02,
-        box=None,
-        random_start=False,
-    )
-    torch.testing.assert_close(found.ends, torch.full_like(x, -0.3))
-    last = torch.tensor([0.16, 0.02])
-    found = find_boundary(
-        lambda z: z.sum(1) + 9,
-        x,
-        y,
-        1.0,
-        1.0,
-        0.16,
-        4,
-        step_last=last,
-        box=None,
-        random_start=False,
-    )
-    torch.testing.assert_close(found.ends[:, 0], torch.tensor([-0.64, -0.3]).double())
-    one = find_boundary(
-        lambda z: z.sum(1) + 9,
-        x,
-        y,
-        1.0,
-        1.0,
-        0.16,
-        1,
-        step_last=0.02,
-        box=None,
-        random_start=False,
-    )
-    torch.testing.assert_close(one.ends, torch.full_like(x, -0.16))
+
+    def ends(iters, last):
+        return find_boundary(
+            lambda z: z.sum(1) + 9, x, y, 1.0, 1.0, 0.16, iters,
+            step_last=last, box=None, random_start=False,
+        ).ends  # fmt: skip
+
+    torch.testing.assert_close(ends(4, 0.02), torch.full_like(x, -0.3))
+    per_row = ends(4, torch.tensor([0.16, 0.02]))
+    torch.testing.assert_close(per_row[:, 0], torch.tensor([-0.64, -0.3]).double())
+    torch.testing.assert_close(ends(1, 0.02), torch.full_like(x, -0.16))
 
 
 def test_the_walk_keeps_the_last_place_on_its_own_side():

@@ -45,6 +45,10 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
+    def speaker(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """Where messages go: to ``say`` on the first process, nowhere on the others."""
+        return say if self.main else lambda text: None
+
     def share(self, count: int) -> slice:
         """The rows of this process out of ``count``: consecutive, and nearly as many for all."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)

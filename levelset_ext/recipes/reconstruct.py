@@ -513,7 +513,7 @@ def reconstruct(
     Raises:
         InputError: ``out`` cannot be written, or holds the run of another cloud or other settings.
     """
-    say = say if ranks.main else _silent
+    say = ranks.speaker(say)
     header = {"kind": KIND, "cloud": cloud.name, "digest": cloud.digest, "settings": asdict(config)}
     finished = ranks.first(
         lambda: begin_run(
@@ -553,10 +553,6 @@ def reconstruct(
         return metrics
 
     return ranks.first(write)
-
-
-def _silent(text: str) -> None:
-    """Where the messages of all processes but the first go."""
 
 
 WATCHED = ("history.csv", "history.png", TENSORBOARD_FOLDER)  # what watching leaves in a folder

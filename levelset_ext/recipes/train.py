@@ -113,8 +113,7 @@ def train(
     if init is not None:
         _check_init(init, config)
     training = Training(data, config, device, init, ranks)
-    if ranks.main:
-        training.guard.say = say
+    training.guard.say = say = ranks.speaker(say)
     _try(training)
     header = {
         "kind": KIND,
@@ -143,8 +142,7 @@ def train(
     saved = ranks.first(lambda: kept_checkpoint(out, CLASSIFIER_KIND)) if resume else None
     if saved is not None:
         spent = _load(training, saved, out / "checkpoint.pt")
-        if ranks.main:
-            say(f"going on at step {training.step} of {training.steps}")
+        say(f"going on at step {training.step} of {training.steps}")
     sinks = [ProgressLine(), HistoryPicture(), *observers] if ranks.main else []
     watch = Observers(sinks, say)
     per_step = len(training.labels) / training.steps_per_epoch
@@ -236,10 +234,10 @@ def _load(training: Training, saved: dict[str, Any], path: Path) -> Spent:
         raise InputError(f"{path}: expected the checkpoint of a training, got a classifier alone")
     try:
         training.load(saved["training"])
+        return Spent(float(saved["seconds"]), float(saved["cpu_seconds"]))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
-    return Spent(float(saved["seconds"]), float(saved.get("cpu_seconds", "nan")))
 
 
 def _train(training: Training, test: Images, out: Path, spent: Spent, watch: Observers) -> None:
