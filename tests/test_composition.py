@@ -1,7 +1,6 @@
 """The sample network inside torch: functional calls, transforms, checkpoints, compile, DDP."""
 
 import copy
-import socket
 
 import problems
 import pytest
@@ -10,6 +9,7 @@ from problems import same_bits
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes
 
 import levelset_ext as ls
 
@@ -240,65 +240,38 @@ def test_compile_the_module_in_one_graph(fresh_compiler):
 # --- data parallel --------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def ddp_worker(rank, port, queue):
-    import torch.distributed as dist
+def ddp_worker(rank):
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        answers = {}
-        x = problems.points(8)[4 * rank : 4 * rank + 4]
-        net = problems.mlp()
-        wrapped = DistributedDataParallel(ls.SampleNetwork(net))
+    answers = {}
+    x = problems.points(8)[4 * rank : 4 * rank + 4]
+    net = problems.mlp()
+    wrapped = DistributedDataParallel(ls.SampleNetwork(net))
+    r = ls.project(net, x)
+    wrapped(r).sin().sum().backward()
+    answers["module"] = [p.grad for p in net.parameters()]
+    # A rank without a usable row takes part all the same, and the next step still works.
+    for step in range(2):
+        net.zero_grad()
         r = ls.project(net, x)
-        wrapped(r).sin().sum().backward()
-        answers["module"] = [p.grad.tolist() for p in net.parameters()]
-        # A rank without a usable row takes part all the same, and the next step still works.
-        for step in range(2):
-            net.zero_grad()
-            r = ls.project(net, x)
-            if rank == 0:
-                r = r[:0] if step == 0 else ls.project(net, torch.full_like(x, torch.nan))
-            wrapped(r).nan_to_num().sin().sum().backward()
-        answers["one rank"] = [p.grad.tolist() for p in net.parameters()]
-        net = problems.mlp()
-        data_parallel = DistributedDataParallel(net)
-        r = ls.project(data_parallel.module, x)
-        ls.sample_network(data_parallel, r).sin().sum().backward()
-        answers["network"] = [p.grad.tolist() for p in net.parameters()]
-        queue.put((rank, answers))
-    finally:
-        dist.destroy_process_group()
+        if rank == 0:
+            r = r[:0] if step == 0 else ls.project(net, torch.full_like(x, torch.nan))
+        wrapped(r).nan_to_num().sin().sum().backward()
+    answers["one rank"] = [p.grad for p in net.parameters()]
+    net = problems.mlp()
+    data_parallel = DistributedDataParallel(net)
+    r = ls.project(data_parallel.module, x)
+    ls.sample_network(data_parallel, r).sin().sum().backward()
+    answers["network"] = [p.grad for p in net.parameters()]
+    return answers
 
 
 @pytest.mark.slow
-def test_distributed_data_parallel():
-    import torch.multiprocessing as mp
-
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    port = free_port()
-    workers = [context.Process(target=ddp_worker, args=(k, port, queue)) for k in range(2)]
-    for worker in workers:
-        worker.start()
-    try:
-        answers = dict(queue.get(timeout=300) for _ in workers)
-    finally:
-        for worker in workers:
-            worker.join(timeout=300)
-            if worker.is_alive():
-                worker.terminate()
+def test_distributed_data_parallel(tmp_path):
+    answers = in_two_processes(ddp_worker, tmp_path)
     net = problems.mlp()
     whole = gradients(net, ls.sample_network(net, ls.project(net, problems.points(8))))
     half = gradients(net, ls.sample_network(net, ls.project(net, problems.points(8)[4:])))
     for rank in range(2):
         for case, expected in (("module", whole), ("network", whole), ("one rank", half)):
-            got = [torch.tensor(g, dtype=F64) for g in answers[rank][case]]
-            assert_all_close(got, [g / 2 for g in expected])
+            assert_all_close(answers[rank][case], [g / 2 for g in expected])

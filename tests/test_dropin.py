@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import problems
 import pytest
 import torch
-from test_composition import assert_all_close, free_port, gradients
+from test_composition import assert_all_close, gradients
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes
 
 import levelset_ext as ls
 from levelset_ext.compiled import compiled_field
@@ -290,14 +291,10 @@ def test_first_derivatives_are_enough():
 # --- several processes ----------------------------------------------------------------------------
 
 
-def worker(rank, port, queue):
-    import torch.distributed as dist
+def worker(rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
     def loss_of(fn, sampled):
         x = problems.points(16)[rank::2]
@@ -305,48 +302,28 @@ def worker(rank, port, queue):
         return ls.losses.reconstruction(fn, r, 0.7 * x).total
 
     answers = {}
-    try:
-        net = problems.mlp()
-        wrapped = DistributedDataParallel(net)
-        loss_of(wrapped, net).backward()
-        answers["ddp"] = [p.grad.tolist() for p in net.parameters()]
-        net = problems.mlp()
-        for part in (net[0], net[2], net[4], net):
-            fully_shard(part)
-        # As a callable: a copy of the module would not be unsharded with it. Its collectives run in
-        # every call, so all ranks have to evaluate it equally often, as level_points does.
-        fn = partial(nn.Module.__call__, net)
-        x = problems.points(16)[rank::2]
-        ls.losses.reconstruction(fn, ls.level_points(fn, x), 0.7 * x).total.backward()
-        answers["fsdp"] = [
-            (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).tolist()
-            for p in net.parameters()
-        ]
-    except Exception as error:
-        answers["error"] = repr(error)
-    finally:
-        queue.put((rank, answers))
-        dist.destroy_process_group()
+    net = problems.mlp()
+    wrapped = DistributedDataParallel(net)
+    loss_of(wrapped, net).backward()
+    answers["ddp"] = [p.grad for p in net.parameters()]
+    net = problems.mlp()
+    for part in (net[0], net[2], net[4], net):
+        fully_shard(part)
+    # As a callable: a copy of the module would not be unsharded with it. Its collectives run in
+    # every call, so all ranks have to evaluate it equally often, as level_points does.
+    fn = partial(nn.Module.__call__, net)
+    x = problems.points(16)[rank::2]
+    ls.losses.reconstruction(fn, ls.level_points(fn, x), 0.7 * x).total.backward()
+    answers["fsdp"] = [
+        p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in net.parameters()
+    ]
+    return answers
 
 
 @pytest.mark.slow
-def test_data_parallel_and_fully_sharded():
+def test_data_parallel_and_fully_sharded(tmp_path):
     """The mean over ranks of Eq. 13's gradient is that of one process with both ranks' terms."""
-    import torch.multiprocessing as mp
-
-    context = mp.get_context("spawn")
-    queue, port = context.Queue(), free_port()
-    workers = [context.Process(target=worker, args=(k, port, queue)) for k in range(2)]
-    for process in workers:
-        process.start()
-    try:
-        answers = dict(queue.get(timeout=300) for _ in workers)
-    finally:
-        for process in workers:
-            process.join(timeout=300)
-            if process.is_alive():
-                process.terminate()
-    assert not [a["error"] for a in answers.values() if "error" in a]
+    answers = in_two_processes(worker, tmp_path)
     for way in ("ddp", "fsdp"):
         net, total = problems.mlp(), 0.0
         for rank in range(2):
@@ -355,8 +332,7 @@ def test_data_parallel_and_fully_sharded():
             total = total + ls.losses.reconstruction(net, r, 0.7 * x).total / 2
         expected = gradients_of(net, total)
         for rank in range(2):
-            got = [torch.tensor(g, dtype=F64) for g in answers[rank][way]]
-            assert_all_close(got, expected)
+            assert_all_close(answers[rank][way], expected)
 
 
 # --- the compiled field: never stale --------------------------------------------------------------

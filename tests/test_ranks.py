@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from test_composition import free_port
 from test_reconstruct_command import SMALL, small_cloud
+from two_processes import on_loopback
 
 from levelset_ext.cli import main
 from levelset_ext.networks import build
@@ -33,8 +33,10 @@ def launch(
 ) -> subprocess.Popen[str]:
     """torchrun with a script that finds this folder's modules."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), *more, script]
+    # The launcher keeps the port that it chooses: nobody else can take it in between.
+    command += ["--standalone", "--local-addr", "127.0.0.1", *more, script]
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    on_loopback()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *map(str, args)],
