@@ -256,13 +256,19 @@ def markdown(
 
 
 class View:
-    """One parallel camera for everything of a scan, which fills the panel with the truth."""
+    """One parallel camera for everything of a scan, which fills the panel with the frame's points.
 
-    def __init__(self, frame: np.ndarray) -> None:
+    Axes are rows: right, up and toward the eye.
+    """
+
+    def __init__(self, frame: np.ndarray, axes: np.ndarray | None = None) -> None:
         low, high = frame.min(0), frame.max(0)
         self.center = (low + high) / 2
-        # The longer of the two horizontal sides is turned more toward the picture; y is up.
-        self.axes = preview._camera(-35.0 if high[0] - low[0] >= high[2] - low[2] else -60.0, 20.0)
+        if axes is None:
+            # The longer of the two horizontal sides is turned more toward the picture; y is up.
+            longer = high[0] - low[0] >= high[2] - low[2]
+            axes = preview._camera(-35.0 if longer else -60.0, 20.0)
+        self.axes = axes
         self.size = PANEL * SCALE
         screen = (frame - self.center) @ self.axes.T
         self.center += self.axes.T @ ((screen.max(0) + screen.min(0)) / 2)
