@@ -64,6 +64,11 @@ def _reconstruct(args: argparse.Namespace) -> None:
             f"{metrics['components']} component(s), "
             f"{'watertight' if metrics['watertight'] else 'open'}, {metrics['seconds']:.0f} s"
         )
+        if (folded := 1 - metrics.get("sign_change_share", 1.0)) > 0.001:
+            say(
+                f"note: F has the same sign on both sides of {100 * folded:.2g} % of the cloud; "
+                "the surface misses it there, or has bubbles or holes, see preview.png"
+            )
 
 
 def _curve(args: argparse.Namespace) -> None:

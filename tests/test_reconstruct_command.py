@@ -181,7 +181,25 @@ def test_a_run_leaves_whole_files_in_input_units(whole_run: Path) -> None:
     assert metrics["steps"] == SMALL.steps
     assert 0.5 < metrics["converged_share"] <= 1
     assert metrics["cloud_to_mesh"] < 0.05
+    assert 0 < metrics["sign_change_share"] < 1  # after so few steps it misses many points
     assert metrics["extraction"]["residual"] <= metrics["extraction"]["tolerance"]
+
+
+def test_where_f_has_one_sign_is_counted() -> None:
+    cloud = np.random.default_rng(0).normal(size=(400, 3))
+    cloud /= np.linalg.norm(cloud, axis=1, keepdims=True)
+    training = recipe.Training(torch.from_numpy(0.64 * cloud).float(), SMALL)
+    assert recipe._sign_change_share(training) == 1  # it starts as a sphere of this radius
+
+    class Folded(torch.nn.Module):
+        """|F| where x > 0: the same sign on both sides of half the sphere."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            signed = x.norm(dim=1, keepdim=True) - 0.64
+            return torch.where(x[:, :1] > 0, signed.abs(), signed)
+
+    training.network = Folded()
+    assert recipe._sign_change_share(training) == pytest.approx((cloud[:, 0] < 0).mean(), abs=0.02)
 
 
 def test_same_seed_same_mesh_and_finished_runs_stay(whole_run: Path, tmp_path: Path) -> None:

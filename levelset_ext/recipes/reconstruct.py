@@ -726,6 +726,7 @@ def _metrics(
         if surface.is_watertight
         else None,
         "cloud_to_mesh": _cloud_distance(cloud, surface) / diagonal,
+        "sign_change_share": _sign_change_share(training),
         "steps": training.step,
         "skipped_steps": training.skipped_steps,
         "divergences": training.guard.returns,
@@ -745,6 +746,23 @@ def _metrics(
     if cloud.truth is not None:
         metrics["against_truth"] = compare_meshes(surface, cloud.truth)
     return metrics
+
+
+SIDES = 0.01  # in normalised units: beyond the noise of a scan, within what bounds a part
+
+
+@torch.no_grad()
+def _sign_change_share(training: Training) -> float:
+    """The share of the cloud across which F changes its sign, ``SIDES`` to either side.
+
+    Eq. 13 knows |F| alone, so a loss that is small says nothing of it: where F has the same sign on
+    both sides of the cloud, its zero level set is elsewhere, a film of bubbles, or a hole.
+    """
+    config = training.config
+    disks = training.disks or losses.fit_disks(training.cloud, config.neighbours)
+    step = SIDES * disks.normals
+    above, below = (training.network(disks.centers + k * step)[:, 0] for k in (1, -1))
+    return float((above * below < 0).double().mean())
 
 
 def _cloud_distance(cloud: Cloud, surface: trimesh.Trimesh) -> float:

@@ -21,6 +21,7 @@ Section = Callable[[Book], str]
 TEXTS: dict[str, Section] = {
     "reconstruct_fast": partial(surfaces.reconstruct, "reconstruct_fast"),
     "surface_table": surfaces.surface_table,
+    "close_ups": surfaces.close_ups,
     "surface_ablation": surfaces.ablation,
     "figure_a2": surfaces.figure_a2,
     "curves": surfaces.curves,
@@ -50,6 +51,9 @@ TEXTS: dict[str, Section] = {
 PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
     "surface_table": (
         ("surface_table.png", "Clouds, true surfaces and the meshes of all methods"),
+    ),
+    "close_ups": (
+        ("close_ups.png", "Three places of each scan: the truth, ours, screened Poisson"),
     ),
     "figure_a2": (("figure_a2_levels.png", "Iso-levels on a cut, F against the distance"),),
     "figure3": (("figure3_curves.png", "Curves from noisy and from partial points"),),
@@ -82,7 +86,7 @@ WITHIN = {
 }
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "Surfaces": (
-        "reconstruct_fast", "surface_table", "surface_ablation", "figure_a2",
+        "reconstruct_fast", "surface_table", "close_ups", "surface_ablation", "figure_a2",
         "warm_pool",
     ),
     "Curves": ("curves", "figure3"),

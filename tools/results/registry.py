@@ -176,6 +176,21 @@ RESULTS: tuple[Result, ...] = (
         full_minutes=400,
     ),
     Result(
+        "close_ups",
+        "Thin parts and creases from near",
+        "no counterpart in the paper",
+        ("close_ups.json",),
+        (
+            _example(
+                "close_ups",
+                "$SCANS --runs $WORK/reconstruct_fast",
+                close_ups__json=_data("close_ups.json"),
+                close_ups__png=_image("close_ups.png"),
+            ),
+        ),
+        minutes=4,
+    ),
+    Result(
         "surface_ablation",
         "What each part of the recipe is worth",
         "no counterpart",
