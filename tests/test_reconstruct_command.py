@@ -17,6 +17,7 @@ import pytest
 import torch
 import trimesh
 
+from levelset_ext import losses
 from levelset_ext.cli import main
 from levelset_ext.errors import InputError
 from levelset_ext.recipes import reconstruct as recipe
@@ -188,18 +189,25 @@ def test_a_run_leaves_whole_files_in_input_units(whole_run: Path) -> None:
 def test_where_f_has_one_sign_is_counted() -> None:
     cloud = np.random.default_rng(0).normal(size=(400, 3))
     cloud /= np.linalg.norm(cloud, axis=1, keepdims=True)
-    training = recipe.Training(torch.from_numpy(0.64 * cloud).float(), SMALL)
-    assert recipe._sign_change_share(training) == 1  # it starts as a sphere of this radius
+    training = recipe.Training(torch.from_numpy(cloud).float(), SMALL)
 
-    class Folded(torch.nn.Module):
-        """|F| where x > 0: the same sign on both sides of half the sphere."""
+    class Sphere(torch.nn.Module):
+        """F is the distance of a unit sphere, without its sign where x > ``folded``."""
+
+        def __init__(self, folded: float) -> None:
+            super().__init__()
+            self.folded = folded
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            signed = x.norm(dim=1, keepdim=True) - 0.64
-            return torch.where(x[:, :1] > 0, signed.abs(), signed)
+            signed = x.norm(dim=1, keepdim=True) - 1
+            return torch.where(x[:, :1] > self.folded, signed.abs(), signed)
 
-    training.network = Folded()
-    assert recipe._sign_change_share(training) == pytest.approx((cloud[:, 0] < 0).mean(), abs=0.02)
+    # Disks of points so far apart lie as much as 0.02 below the sphere that they were taken from.
+    training.disks = losses.Disks(training.cloud, training.cloud, torch.ones(400))
+    training.network = Sphere(2.0)
+    assert recipe._sign_change_share(training) == 1
+    training.network = Sphere(0.0)
+    assert recipe._sign_change_share(training) == pytest.approx((cloud[:, 0] < 0).mean())
 
 
 def test_same_seed_same_mesh_and_finished_runs_stay(whole_run: Path, tmp_path: Path) -> None:
