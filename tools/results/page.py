@@ -83,6 +83,7 @@ WITHIN = {
     "multi_targeted": "robust_mnist",
     "equal_digits_autoattack": "equal_digits",
     "equal_mnist_autoattack": "equal_mnist",
+    "figure2_cifar10": "figure2",
 }
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "Surfaces": (

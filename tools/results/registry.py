@@ -515,6 +515,30 @@ RESULTS: tuple[Result, ...] = (
         full_minutes=2000,
     ),
     Result(
+        "figure2_cifar10",
+        "Training on few images of CIFAR10",
+        "Figure 2, Table A2",
+        ("figure2_cifar10.csv",),
+        (
+            Step(
+                "python python_examples/figure2_fractions.py --out $OUT --data $CIFAR "
+                "--network convnet-2a --fractions 0.001,0.002,0.005 --seeds 5 --trial-seeds 1 "
+                "--epochs 100 --test-rows 2000 --candidates 2 --warm 0.25 --resume",
+                {"accuracy.csv": _data("figure2_cifar10.csv")},
+            ),
+        ),
+        minutes=30,
+        seeds="0 to 4",
+        full=(
+            _example(
+                "figure2_fractions",
+                "--data $CIFAR --seeds 100 --device cuda",
+                accuracy__csv=_full("figure2_cifar10.csv"),
+            ),
+        ),
+        full_minutes=2000,
+    ),
+    Result(
         "figure1",
         "Four boundaries through 16 points",
         "Figure 1",

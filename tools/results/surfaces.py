@@ -140,18 +140,19 @@ def close_ups(book: Book) -> str:
         return NOT_RUN
     rows = []
     for scan, entries in found["scans"].items():
-        for entry in entries:
-            row = [scan, entry["kind"]]
+        for k, entry in enumerate(entries, 1):
+            row = [scan, f"{k}: {entry['kind']}"]
             for key in ("truth_to_mesh", "mesh_to_truth", "truth_to_mesh_max"):
                 pair = [number(entry[method][key]) for method in ("ours", "poisson")]
                 row += bold_best(pair, small, True)
             rows.append(row)
             ours, other = (
-                (number(entry[method]["truth_to_mesh"]) + number(entry[method]["mesh_to_truth"])) / 2
+                (number(entry[method]["truth_to_mesh"]) + number(entry[method]["mesh_to_truth"]))
+                / 2
                 for method in ("ours", "poisson")
             )
             book.compare(
-                f"{scan}: a {entry['kind']} place", ours, {METHODS["poisson"]: other}, small,
+                f"{scan}: point to surface, place {k}, {entry['kind']}", ours, {METHODS["poisson"]: other}, small,
                 low=True, near=0.02 * ours,
             )  # fmt: skip
     names = ("ours", METHODS["poisson"])
