@@ -152,8 +152,8 @@ def close_ups(book: Book) -> str:
                 for method in ("ours", "poisson")
             )
             book.compare(
-                f"{scan}: point to surface, place {k}, {entry['kind']}", ours, {METHODS["poisson"]: other}, small,
-                low=True, near=0.02 * ours,
+                f"{scan}: point to surface, place {k}, {entry['kind']}", ours,
+                {METHODS["poisson"]: other}, small, low=True, near=0.02 * ours,
             )  # fmt: skip
     names = ("ours", METHODS["poisson"])
     measures = ("truth to mesh", "mesh to truth", "farthest of the truth")
