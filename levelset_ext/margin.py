@@ -71,8 +71,7 @@ def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 def prediction(logits: Tensor) -> Tensor:
     """(n,) int64: the class with the largest logit, the first of those that tie; for one logit,
     1 where it is positive and 0 elsewhere. Logits as for :func:`margin`."""
-    if logits.dim() == 1:
-        return (logits > 0).long()
+    logits = _in_rows(logits)
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.max(1).indices
 
 
@@ -115,10 +114,7 @@ def check_labels(labels: Tensor, classes: int, name: str = "labels") -> None:
 
 def _prepare(logits: Tensor, labels: Tensor, check: bool) -> tuple[Tensor, Tensor]:
     """Logits as (n, K) and labels as int64 on the same device, with the shapes checked."""
-    if logits.dim() == 1:
-        logits = logits[:, None]
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"logits: expected shape (n, K) or (n,), got {tuple(logits.shape)}")
+    logits = _in_rows(logits)
     if labels.dim() != 1 or labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels: expected shape (n,) = ({logits.shape[0]},), got {tuple(labels.shape)}"
@@ -126,3 +122,11 @@ def _prepare(logits: Tensor, labels: Tensor, check: bool) -> tuple[Tensor, Tenso
     if check:
         check_labels(labels, logits.shape[1])
     return logits, labels.to(logits.device, torch.int64)
+
+
+def _in_rows(logits: Tensor) -> Tensor:
+    if logits.dim() == 1:
+        logits = logits[:, None]
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits: expected shape (n, K) or (n,), got {tuple(logits.shape)}")
+    return logits

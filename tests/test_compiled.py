@@ -408,11 +408,20 @@ def test_mixed_precision_ends_with_exact_numbers(name):
     assert torch.equal(here.values[good], b.values[good])
     assert torch.equal(here.jacobian[good], b.jacobian[good])
     assert (b.residual[b.converged] <= 1e-4).all()
-    # As many rows arrive, and about as soon.
-    assert abs(int(a.converged.sum()) - int(b.converged.sum())) <= 16  # of 333
+    # Which rows arrive from afar is chance: the last digit of a start decides as well. Those that
+    # only one of the two brings home are then as many for both, up to four standard deviations.
     both = a.converged & b.converged
-    if int(both.sum()) > 100:
-        assert (b.iterations - a.iterations)[both].float().mean() < 1.0
+    lost, won = int((a.converged & ~both).sum()), int((b.converged & ~both).sum())
+    assert abs(lost - won) <= 4 * max(lost + won, 1) ** 0.5
+    # From nearby all arrive, and about as soon. A wave of the sine network is 0.007 long, and its
+    # values there are known to little more than the tolerance.
+    near, share = (1e-4, 0.95) if name == "siren" else (3e-3, 1.0)
+    nearby = a.points + near * points(333, exact.dimension, torch.float32, seed=5)
+    a, b = (ls.project(field, nearby[a.converged], level, 12, 1e-4) for field in (exact, mixed))
+    assert len(a) > 200
+    for found in (a, b):
+        assert found.converged.float().mean() >= share
+    assert (b.iterations - a.iterations).float().mean() < 2
 
 
 @mixed_only

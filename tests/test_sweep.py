@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 
 from levelset_ext.cli import main
 from levelset_ext.recipes import sweep as recipe
-from levelset_ext.recipes.sweep import run_all, summarize
+from levelset_ext.recipes.engines import ENGINES, processes, run_all
+from levelset_ext.recipes.sweep import summarize
 
 pytest.importorskip("sklearn")  # joblib with it
 
@@ -114,18 +116,61 @@ def work(folder: Path, kind: str) -> dict[str, Any]:
     return {"kind": kind}
 
 
+PACKAGES = {"loky": "joblib", "dask": "distributed", "ray": "ray"}
+
+
 @pytest.mark.slow
-def test_processes_that_die_take_no_other_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_processes_that_die_take_no_other_along(engine: str, tmp_path: Path) -> None:
     """Two processes: one run ends its process, one raises, two are good."""
+    pytest.importorskip(PACKAGES[engine])
     kinds = ("good", "dies", "raises", "better")
     tasks = {kind: partial(work, tmp_path, kind) for kind in kinds}
     found: dict[str, dict[str, Any]] = {}
-    run_all(tasks, tmp_path / "runs", 2, found.__setitem__)
+    with processes(2, engine) as by:
+        run_all(tasks, tmp_path / "runs", by, found.__setitem__)
     assert found["good"] == {"status": "done", "error": "", "kind": "good"}
     assert found["better"]["status"] == "done"
     assert found["raises"] == {"status": "failed", "error": "no"}
     assert found["dies"] == {"status": "failed", "error": "its process died 2 times"}
     assert (tmp_path / "dies.txt").read_text() == "xx"
+    assert (tmp_path / "raises.txt").read_text() == "x"
+    assert "ValueError: no" in (tmp_path / "runs" / "raises" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_that_runs_gives_the_table_of_this_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    assert command(tmp_path / "here", "hinge") == 0
+    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+        words = ("--engine", "dask", "--address", cluster.scheduler_address)
+        assert command(tmp_path / "there", "hinge", *words) == 0
+        # It is the cluster that worked, and it goes on without this sweep.
+        with distributed.Client(cluster) as client:
+            assert len(client.nthreads()) == 2
+    seconds = "training_seconds"
+    here, there = ([{k: v for k, v in row.items() if k != seconds} for row in table(tmp_path / n)]
+                   for n in ("here", "there"))  # fmt: skip
+    assert here == there
+    with distributed.LocalCluster(1, threads_per_worker=2, dashboard_address=None) as cluster:
+        words = ("--engine", "dask", "--address", cluster.scheduler_address)
+        capfd.readouterr()
+        assert command(tmp_path / "out", "hinge", *words) == 2
+        error = capfd.readouterr().err
+        assert "address: expected workers with one thread, got one with 2" in error
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_is_not_installed_is_one_line(
+    engine: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, PACKAGES[engine], None)
+    assert command(tmp_path / "out", "hinge", "--engine", engine) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"engine: {engine} needs the package {PACKAGES[engine]} (pip install" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_summary_of_what_is_done() -> None:
@@ -142,7 +187,8 @@ def test_summary_of_what_is_done() -> None:
     "words",
     [["magic"], ["hinge", "--fractions", "0"], ["hinge", "--fractions", "a"],
      ["hinge", "--seeds", "0"], ["hinge", "--jobs", "0"], ["hinge", "--lr", "-1"],
-     ["svm"], ["hinge", "--set", "nothing=1"], ["hinge", "--data", "/nowhere"]],
+     ["svm"], ["hinge", "--set", "nothing=1"], ["hinge", "--data", "/nowhere"],
+     ["hinge", "--engine", "steam"], ["hinge", "--address", "tcp://127.0.0.1:1"]],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]

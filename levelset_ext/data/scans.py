@@ -243,8 +243,8 @@ def validate_cloud(
     if array.dtype.kind not in "fiu":
         raise InputError(f"{name}: expected real numbers, got dtype {array.dtype}")
     cloud = array.astype(np.float64)
-    if len(cloud) < minimum:
-        raise InputError(f"{name}: expected at least {minimum} points, got {len(cloud)}")
+    if len(cloud) < max(minimum, 1):
+        raise InputError(f"{name}: expected at least {max(minimum, 1)} points, got {len(cloud)}")
     check_finite(name, cloud)
     largest = float(np.abs(cloud).max())
     if largest > 1e150:

@@ -49,7 +49,8 @@ def compare_meshes(
       unless watertight), `vertices`, `faces`: of `mesh`, vertices as they are joined by the faces.
 
     Raises:
-        ValueError: a mesh without faces or without area, or a sample count below 1.
+        ValueError: a mesh without faces or without area, with faces of vertices that are not there
+            or not finite, or a sample count below 1.
     """
     for name, count in (
         ("samples", samples),
@@ -115,7 +116,15 @@ class _Surface:
     def of(cls, mesh: TriangleMesh, name: str) -> _Surface:
         if not len(mesh.faces):
             raise ValueError(f"{name}: expected a mesh with faces, got none")
-        corners = np.asarray(mesh.vertices, dtype=np.float64)[np.asarray(mesh.faces)]
+        vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
+        if vertices.shape != (len(vertices), 3) or faces.shape != (len(faces), 3):
+            shapes = f"{vertices.shape} and {faces.shape}"
+            raise ValueError(f"{name}: expected vertices (v, 3) and faces (f, 3), got {shapes}")
+        if faces.min() < 0 or faces.max() >= len(vertices):
+            raise ValueError(f"{name}: expected faces of its {len(vertices)} vertices")
+        corners = vertices[faces]
+        if not np.isfinite(corners).all():
+            raise ValueError(f"{name}: expected finite vertices, got NaN or infinity")
         cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         twice = np.linalg.norm(cross, axis=1)
         if not twice.sum() > 0:

@@ -213,8 +213,8 @@ def _corners(box: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     assert low is not None
     assert high is not None
     low, high = low.expand_as(like).contiguous(), high.expand_as(like).contiguous()
-    if not bool((low < high).all()):
-        raise ValueError(f"box: expected lower < upper, got {box!r}")
+    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
+        raise ValueError(f"box: expected finite lower < upper, got {box!r}")
     return low, high
 
 

@@ -12,26 +12,22 @@ A sweep is a folder. Runs are independent of each other and each has a folder of
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import io
 import math
-import os
 import statistics
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from levelset_ext.data.images import Images, fraction, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.objectives import OBJECTIVES
 from levelset_ext.recipes.attack import AttackConfig, run_attack
 from levelset_ext.recipes.classifiers import load_classifier
+from levelset_ext.recipes.engines import ENGINES, processes, run_all
 from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import Progress, clock, say
 from levelset_ext.recipes.run_folder import begin_run
@@ -40,81 +36,12 @@ from levelset_ext.recipes.train import merged, train
 from levelset_ext.recipes.train_presets import preset
 from levelset_ext.whole_files import write_whole
 
-__all__ = ["Common", "Run", "add_sweep_command", "run_all", "sweep"]
+__all__ = ["Common", "Run", "add_sweep_command", "sweep"]
 
 KIND = "levelset_ext sweep 1"
-_DEATHS = 2  # of the process of a run, before it counts as broken
 _INPUT = ("method", "fraction", "seed", "status")
 _ACCURACIES = ("clean_accuracy", "robust_accuracy")
 _COLUMNS = (*_INPUT, *_ACCURACIES, "rows", "steps", "skipped_steps", "training_seconds", "error")
-
-
-# --- any runs -------------------------------------------------------------------------------
-
-
-def run_all(
-    tasks: Mapping[str, Callable[[], dict[str, Any]]],
-    folder: Path,
-    jobs: int,
-    done: Callable[[str, dict[str, Any]], None],
-) -> None:
-    """Does the tasks in ``jobs`` processes, in any order.
-
-    Args:
-        tasks: by name, each with a result of plain values; sent to a process, so a ``partial`` of a
-            function of a module.
-        folder: tasks NAME log to folder/NAME/log.txt what they print.
-        jobs: processes, each with its part of the cores; 1 works in this one.
-        done: called with the name and the result as they finish. One that raised has the result
-            {"status": "failed", "error": ...}, and so has one whose process died twice.
-    """
-    try:
-        import joblib
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-    except ImportError:
-        raise InputError("jobs: expected joblib (pip install joblib) for a sweep") from None
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
-    left, deaths = dict(tasks), dict.fromkeys(tasks, 0)
-    while left:
-        started = {name: folder / name / "started" for name in left}
-        for mark in started.values():
-            mark.unlink(missing_ok=True)
-        calls = [
-            joblib.delayed(_guarded)(name, task, folder / name, threads)
-            for name, task in left.items()
-        ]
-        pool = joblib.Parallel(jobs, return_as="generator_unordered")
-        try:
-            for name, result in pool(calls):
-                del left[name]
-                done(name, result)
-        except TerminatedWorkerError:
-            # Which of them took its process along is not said: those that had begun.
-            for name in [name for name in left if started[name].exists()]:
-                deaths[name] += 1
-                if deaths[name] == _DEATHS:
-                    del left[name]
-                    done(name, _broken(f"its process died {_DEATHS} times"))
-
-
-def _guarded(
-    name: str, task: Callable[[], dict[str, Any]], folder: Path, threads: int
-) -> tuple[str, dict[str, Any]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "started").touch()
-    torch.set_num_threads(threads)
-    with (folder / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
-        try:
-            result = {"status": "done", "error": "", **task()}
-        except Exception as error:  # whatever it is, the others go on
-            traceback.print_exc()
-            result = _broken(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    (folder / "started").unlink(missing_ok=True)
-    return name, result
-
-
-def _broken(error: str) -> dict[str, Any]:
-    return {"status": "failed", "error": error}
 
 
 # --- trainings ------------------------------------------------------------------------------
@@ -205,6 +132,8 @@ def sweep(
     out: Path,
     *,
     jobs: int = 1,
+    engine: str = "loky",
+    address: str | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -214,7 +143,10 @@ def sweep(
         runs: what to train; a sweep that is gone on with may have other runs than before.
         common: what they have in common.
         out: folder, made if missing. Without ``resume`` a sweep that is there is removed.
-        jobs: how many at a time.
+        jobs: how many at a time on this machine.
+        engine: what runs them, one of ``engines.ENGINES``.
+        address: of a cluster of that engine, whose processes are used instead. ``out`` and the
+            images have to be the same files on all of its machines.
         resume: keep what is finished and go on with what is not. Broken runs are tried again.
         say: where messages go; progress goes to stderr.
 
@@ -223,22 +155,15 @@ def sweep(
 
     Raises:
         InputError: settings of a run that cannot be used, said before anything is written; a
-            folder that cannot be written, or holds another sweep.
+            folder that cannot be written, or holds another sweep; an engine that is not
+            installed, or has no cluster at that address.
     """
-    data, _ = _images(common.data, common.limit, common.classes)
+    path = None if common.data is None else str(Path(common.data).resolve())
+    placed = replace(common, data=path)  # a process of a cluster has a working directory of its own
+    data, _ = _images(placed.data, placed.limit, placed.classes)
     for run in runs:
         _config(run, common, data)
         fraction(data.labels, run.fraction, run.seed)
-    # The folder of a sweep has no metrics.json, so it never counts as finished.
-    begin_run(
-        out,
-        {"kind": KIND, "settings": {**vars(common), "settings": dict(common.settings)}},
-        results=("results.csv", "results.json", "runs"),
-        what="a sweep",
-        same="the same settings",
-        resume=resume,
-        say=say,
-    )
     order = {run.name: run for run in runs}
     rows: dict[str, dict[str, Any]] = {}
     progress = Progress("run", len(order), every=0.0 if jobs == 1 else None)
@@ -252,10 +177,20 @@ def sweep(
         if last or progress.due():
             progress.report(len(rows), name, last)
 
-    tasks = {
-        name: partial(one_run, run, common, out / "runs" / name) for name, run in order.items()
-    }
-    run_all(tasks, out / "runs", jobs, done)
+    folder = out.resolve() / "runs"
+    tasks = {name: partial(one_run, run, placed, folder / name) for name, run in order.items()}
+    with processes(jobs, engine, address) as by:
+        # The folder of a sweep has no metrics.json, so it never counts as finished.
+        begin_run(
+            out,
+            {"kind": KIND, "settings": {**vars(common), "settings": dict(common.settings)}},
+            results=("results.csv", "results.json", "runs"),
+            what="a sweep",
+            same="the same settings",
+            resume=resume,
+            say=say,
+        )
+        run_all(tasks, folder, by, done)
     return _write(out, [rows[name] for name in order])
 
 
@@ -307,7 +242,9 @@ def add_sweep_command(commands: Any) -> None:
     one.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep")
     one.add_argument("--fractions", default="1", metavar="S,S", help="shares of the images; 1")
     one.add_argument("--seeds", type=int, default=5, metavar="N", help="0 ... N - 1")
-    one.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    one.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; 1")
+    one.add_argument("--engine", default="loky", help="what runs them: " + ", ".join(ENGINES))
+    one.add_argument("--address", help="of a Dask or Ray cluster, whose processes are used instead")
     one.add_argument("--data", metavar="DIR", help="images; scikit-learn's digits if left out")
     one.add_argument("--limit", type=int, metavar="N", help="only the first N images of each split")
     one.add_argument("--classes", type=int, metavar="K", help="merge the classes into K")
@@ -337,7 +274,16 @@ def _command(args: argparse.Namespace) -> None:
     }
     given["settings"] = tuple(sorted(parse_settings(args.set).items()))
     common = Common(**given)
-    results = sweep(runs, common, Path(args.out), jobs=args.jobs, resume=args.resume, say=say)
+    results = sweep(
+        runs,
+        common,
+        Path(args.out),
+        jobs=args.jobs,
+        engine=args.engine,
+        address=args.address,
+        resume=args.resume,
+        say=say,
+    )
     for entry in results["summary"]:
         words = f"{entry['method']} on {100 * entry['fraction']:g} %: {entry['done']} done"
         for name in _ACCURACIES:
