@@ -80,6 +80,14 @@ def test_the_fused_kernel_says_which_networks_it_takes():
     assert ls.networks.MLP.from_module(net)._cuda_plan == plan(8, 1)
 
 
+def test_the_room_of_a_device_that_is_not_there_is_an_error_and_not_none():
+    if not ls.build_info()["cuda"]:
+        assert _C.mlp_cuda_room(0) == 0
+        return
+    with pytest.raises(RuntimeError, match="mlp_cuda_room: device 99"):
+        _C.mlp_cuda_room(99)
+
+
 def test_resource_check_skips_visibly_without_a_toolkit():
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
     script = ROOT / "tools" / "check_cuda_resources.py"

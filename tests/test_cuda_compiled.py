@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_compiled import NETWORKS, SkipIn, close, points, with_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import levelset_ext as ls
+from levelset_ext import _C
 from levelset_ext.networks import MLP, ImplicitMLP, compiled_fields, fc1, fc2
 from levelset_ext.result import Status
 
@@ -68,6 +70,45 @@ def test_projection_is_newtons_on_the_module(name):
     close(fast.values.cpu(), F.float())
     close(fast.jacobian.cpu(), J.float())
     assert (fast.residual[fast.converged] <= 1e-4).all()
+
+
+class Launched(TorchDispatchMode):
+    """The names of the project's own ops that are called within it."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "levelset_ext":
+            self.names.append(str(func.overloadpacket).removeprefix("levelset_ext."))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_kernel_is_what_runs_and_not_something_that_agrees_with_it():
+    net = ImplicitMLP(3, 1, 128, 4).cuda()
+    x = points(100, 3, torch.float32).cuda()
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    room = _C.mlp_cuda_room(index)
+    assert room >= MLP.from_module(net)._cuda_plan[1]
+    assert room <= getattr(properties, "shared_memory_per_multiprocessor", room)
+    with Launched() as launched:
+        ls.project(net, x, max_iters=3)
+    assert launched.names.count("mlp_project") == 1
+    assert set(launched.names) <= {"mlp_pack_", "mlp_project", "mlp_values"}
+    with compiled_fields(False), Launched() as launched:
+        ls.project(net, x, max_iters=3)
+    assert set(launched.names) == {"newton_update_"}
+
+
+def test_packed_parameters_that_begin_between_two_vectors_are_refused():
+    _, field = network("skip")
+    packed, *rest = field.packed().tensors
+    shifted = torch.empty(len(packed) + 1, device="cuda")[1:].copy_(packed)
+    x = points(3, 3, torch.float32).cuda()
+    with pytest.raises(RuntimeError, match="packed: expected memory at a multiple of 16"):
+        torch.ops.levelset_ext.mlp_values(shifted, *rest, x, 1)
 
 
 def test_every_status():

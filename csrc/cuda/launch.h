@@ -85,6 +85,9 @@ struct MlpParams {
   unsigned long long* next;  // scratch: the first row that nobody has taken
 };
 
+// Bytes of shared memory that a block of the fused kernel may ask for on a device.
+cudaError_t mlp_shared_memory(int device, int* bytes);
+
 // Blocks that work on so many rows, and for which `slopes` needs room. Also makes the kernel ready
 // for the plan's shared memory; an error where this device has not that much.
 cudaError_t mlp_blocks(const MlpPlan& plan, std::int64_t rows, std::int64_t* blocks);

@@ -198,6 +198,7 @@ __device__ LEVELSET_NOINLINE bool refill(int width) {
   const MlpParams& p = parameters();
   __shared__ int wanted[kMlpThreads / kWarpSize];
   __shared__ long long first;
+  static_assert(sizeof wanted + sizeof first <= kMlpStaticBytes);
   const Room room(p, width);
   const int slot = int(threadIdx.x), lane = slot % kWarpSize, warp = slot / kWarpSize;
   const bool wants = slot < room.rows && room.row[slot] < 0;
@@ -360,15 +361,26 @@ cudaError_t with_kernel(int width, Run run) {
 
 }  // namespace
 
+cudaError_t mlp_shared_memory(int device, int* bytes) {
+  const cudaError_t error =
+      cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes -= kMlpStaticBytes;
+  return error;
+}
+
 cudaError_t mlp_blocks(const MlpPlan& plan, std::int64_t rows, std::int64_t* blocks) {
   return with_kernel(plan.width, [&](auto kernel) {
-    int device = 0, processors = 0, each = 0;
+    int device = 0, processors = 0, each = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 plan.shared_bytes);
+    error = mlp_shared_memory(device, &most);
+    if (error != cudaSuccess) return error;
+    if (plan.shared_bytes > most) return cudaErrorInvalidConfiguration;
+    // Always the most there is: with what this launch needs, another thread could take back in
+    // between what a larger launch has asked for.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
     // All of it as shared memory: the first cache is left with little, and has little to do.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
@@ -377,7 +389,8 @@ cudaError_t mlp_blocks(const MlpPlan& plan, std::int64_t rows, std::int64_t* blo
                                                           std::size_t(plan.shared_bytes));
     if (error != cudaSuccess) return error;
     const std::int64_t wanted = (rows + mlp_tile_rows(plan.width) - 1) / mlp_tile_rows(plan.width);
-    *blocks = std::min<std::int64_t>(wanted, std::int64_t(processors) * std::max(each, 1));
+    if (each == 0) return cudaErrorInvalidConfiguration;
+    *blocks = std::min<std::int64_t>(wanted, std::int64_t(processors) * each);
     return cudaSuccess;
   });
 }

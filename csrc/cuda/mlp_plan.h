@@ -37,6 +37,9 @@ LEVELSET_HD constexpr std::int64_t mlp_padded(std::int64_t rows) {
 
 constexpr int kMlpParamsAt = kMlpTile * int(sizeof(float)), kMlpParamBytes = 2560;
 
+// Room for the shared memory that the kernel has besides, which counts as the block's too.
+constexpr int kMlpStaticBytes = 64;
+
 // Where the parts of a block's shared memory begin, in bytes.
 struct MlpRoom {
   int tile;        // float (width, rows): h_k, then deltas, by units

@@ -23,6 +23,9 @@ Plan read_plan(const Tensor& packed, const Tensor& layout, const Tensor& scales)
   expect_dtype(packed, "packed", ScalarType::Float);
   expect_shape(packed, "packed", "(numbers,)", {p.plan.packed});
   expect_contiguous(packed, "packed");
+  // The kernel reads four numbers at a time.
+  require(reinterpret_cast<std::uintptr_t>(packed.const_data_ptr()) % 16 == 0,
+          "packed: expected memory at a multiple of 16 bytes, got a view that begins between two");
   return p;
 }
 

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -13,6 +15,9 @@
 #include "../core/status.h"
 #include "../cpu/mlp.h"
 #include "../cuda/mlp_plan.h"
+#if defined(LEVELSET_WITH_CUDA)
+#include "../cuda/launch.h"
+#endif
 
 // `team` chooses who works on a row on CUDA: 0 automatic, 1 thread, 2 warp, 3 block. The CPU
 // ignores it.
@@ -93,6 +98,22 @@ std::optional<std::tuple<std::int64_t, int>> mlp_cuda_plan(
   return std::nullopt;
 }
 
+// Bytes of shared memory that a block of the fused CUDA kernel may ask for on a device. torch's own
+// device properties have had this number under one name or none.
+int mlp_cuda_room(int device) {
+#if defined(LEVELSET_WITH_CUDA)
+  int bytes = 0;
+  const cudaError_t error = levelset::cuda::mlp_shared_memory(device, &bytes);
+  if (error != cudaSuccess) {
+    throw std::runtime_error("mlp_cuda_room: device " + std::to_string(device) + ": " +
+                             cudaGetErrorString(error));
+  }
+  return bytes;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -136,6 +157,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("mlp_packed_size", &mlp_packed_size, pybind11::arg("outputs"), pybind11::arg("hidden"),
              pybind11::arg("inputs"), pybind11::arg("double_precision"));
   module.def("mlp_cuda_plan", &mlp_cuda_plan, pybind11::arg("shapes"));
+  module.def("mlp_cuda_room", &mlp_cuda_room, pybind11::arg("device"));
   module.attr("mlp_mixed") = levelset::cpu::coarse_kernels() != nullptr;
   module.attr("mlp_vector_bytes") =
       int(levelset::cpu::vector_kernels<float>().lanes * sizeof(float));

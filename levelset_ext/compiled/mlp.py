@@ -14,6 +14,7 @@ and tanh, concatenation with the input, scaling by numbers, a slice or squeeze a
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -150,7 +151,7 @@ class MLP:
             return self.dtype in (torch.float32, torch.float64)
         if device.type != "cuda" or self.dtype != torch.float32 or self._cuda_plan is None:
             return False
-        return self._cuda_plan[1] <= _shared_memory_of(device)
+        return self._cuda_plan[1] <= _shared_memory_of(device.index)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the compiled loop can evaluate these points, (n, d)."""
@@ -341,7 +342,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), t._version) for t in tensors]
 
 
-def _shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have on a CUDA device."""
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0))
+@functools.cache
+def _shared_memory_of(index: int) -> int:
+    """Bytes of shared memory that a block of the fused kernel may have on a CUDA device."""
+    return _C.mlp_cuda_room(index)
