@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import functools
 import json
 import math
 import platform
@@ -198,8 +199,23 @@ def bench_newton() -> Iterator[dict[str, Any]]:
 
             if not MLP.from_module(net).takes(x):
                 failed(f"{name}: the fused kernel does not take it")
+            fields = {
+                "fused, float32": MLP.from_module(net),
+                "fused, 3xTF32": MLP.from_module(net),
+                "fused, mixed": MLP.from_module(net, mixed=True),
+            }
+            for number, field in enumerate(list(fields.values())[:2], 1):
+                field._product = number
+            for who, field in fields.items():
+                if len(field.packed().tensors[1]) == 0 and who == "fused, mixed":
+                    failed(f"{name}: no coarse weights for {who}")
+
+            def by(field: MLP, x: Any = x) -> ls.LevelSetResult:
+                return ls.project(field, x, 0.0, ITERATIONS, TOL)
+
             calls: dict[str, Callable[[], Any]] = {
                 "fused": ours,
+                **{who: functools.partial(by, field) for who, field in fields.items()},
                 "generic": lambda: ours(automatic=False),
             }
             with compiled_fields(False):
@@ -248,7 +264,7 @@ def bench_newton() -> Iterator[dict[str, Any]]:
 
 def drive_fused() -> None:
     """The fused kernel on every tile, with rows that end at different iterations and bad rows."""
-    for width, depth, l in ((20, 2, 1), (100, 2, 2), (200, 1, 1), (300, 1, 1)):  # noqa: E741
+    for width, depth, l in ((20, 2, 1), (100, 2, 2), (200, 2, 1), (300, 2, 1)):  # noqa: E741
         for activation in ("relu", "softplus"):
             net = ImplicitMLP(3, l, width, depth, activation=activation, skip=True).cuda()
             field = MLP.from_module(net)
@@ -257,8 +273,11 @@ def drive_fused() -> None:
                 sys.exit(f"gpu_ops: the fused kernel does not take {width} x {depth}")
             x[7] = math.nan
             with torch.no_grad():
-                ls.project(field, x, 0.01, 3, max_step=0.5, box=(-2.0, 2.0))
-                field.values(x)
+                for field._product in (1, 2):
+                    ls.project(field, x, 0.01, 3, max_step=0.5, box=(-2.0, 2.0))
+                    field.values(x)
+                mixed = MLP.from_module(net, mixed=True)
+                ls.project(mixed, x, 0.01, 3, max_step=0.5, box=(-2.0, 2.0))
 
 
 def drive() -> None:

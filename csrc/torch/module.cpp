@@ -43,8 +43,9 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
       "Tensor end, Tensor values, Tensor level, Tensor? index, float tol, int variant, bool last, "
       "int team=0) -> ()");
   library.def("nearest(Tensor query, Tensor cloud) -> (Tensor, Tensor)");
-  // A compiled field: layout (layers, 7) is outputs, hidden, inputs, activation and the three
-  // places of mlp_place; scales (layers, 2) is sharpness and threshold.
+  // A compiled field: `product` chooses how matrices are multiplied on CUDA: 0 automatic, 1
+  // float32, 2 tensor cores; layout (layers, 7) is outputs, hidden, inputs, activation and the
+  // three places of mlp_place; scales (layers, 2) is sharpness and threshold.
   library.def(
       "mlp_pack_(Tensor(a!) packed, Tensor(b!) coarse, Tensor layout, Tensor scales, int index, "
       "Tensor? hidden, "
@@ -53,11 +54,10 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
       "mlp_project(Tensor packed, Tensor coarse, Tensor layout, Tensor scales, Tensor points, "
       "Tensor level, "
       "Tensor? lower, Tensor? upper, int max_iters, float tol, float max_step, bool keep, "
-      "int threads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int threads, int product=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "mlp_values(Tensor packed, Tensor coarse, Tensor layout, Tensor scales, Tensor points, int "
-      "threads) -> "
-      "Tensor");
+      "threads, int product=0) -> Tensor");
   library.def("mlp_weight_gradient(Tensor deltas, Tensor hidden, Tensor coefficients) -> Tensor");
 }
 
@@ -77,9 +77,9 @@ std::tuple<std::int64_t, std::int64_t> mlp_packed_size(std::int64_t outputs, std
 }
 
 // What the fused CUDA kernel needs for a network, given (outputs, hidden, inputs) of every layer:
-// (numbers of packed parameters, bytes of shared memory a block), or None where it takes no such
-// network or is not in this build.
-std::optional<std::tuple<std::int64_t, int>> mlp_cuda_plan(
+// (numbers of packed parameters, bytes of shared memory a block, pairs of coarse parameters), or
+// None where it takes no such network or is not in this build.
+std::optional<std::tuple<std::int64_t, int, std::int64_t>> mlp_cuda_plan(
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes) {
 #if defined(LEVELSET_WITH_CUDA)
   std::vector<levelset::MlpLayer> layers;
@@ -93,7 +93,7 @@ std::optional<std::tuple<std::int64_t, int>> mlp_cuda_plan(
   if (layers.empty()) return std::nullopt;
   const levelset::cuda::MlpPlan plan =
       levelset::cuda::mlp_plan(layers.data(), int(layers.size()), layers.front().inputs);
-  if (plan.width > 0) return std::tuple(plan.packed, plan.shared_bytes);
+  if (plan.width > 0) return std::tuple(plan.packed, plan.shared_bytes, plan.coarse);
 #endif
   return std::nullopt;
 }

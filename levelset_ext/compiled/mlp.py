@@ -56,7 +56,8 @@ class MLP:
     def __init__(
         self, module: nn.Module, dimension: int | None = None, mixed: bool = False
     ) -> None:
-        self.mixed = mixed and _C.mlp_mixed
+        self.mixed = mixed
+        self._product = 0  # of the CUDA ops; other numbers are for tests and benchmarks
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             module = module._orig_mod  # type: ignore[assignment]  # torch.compile wrapped it
         if any("_orig_mod" in child._modules for child in module.modules()):
@@ -109,7 +110,8 @@ class MLP:
                 a row, and D_xF wherever the row does not end, multiply bfloat16 numbers. Whether a
                 row has converged is decided, and ``values`` and ``jacobian`` are returned, in
                 float32. A row may take another way, so to another point of the level set a little
-                aside. On processors without such products (``AVX512-BF16``) nothing changes.
+                aside. On processors without such products (``AVX512-BF16``) nothing changes. On
+                CUDA the first evaluation of a row is the only one in mixed precision.
 
         Raises:
             ValueError: the module is no such chain; the message says where it departs from one.
@@ -184,7 +186,9 @@ class MLP:
     def values(self, x: Tensor) -> Tensor:
         """F(x), (n, l), without gradients."""
         pack = self.packed()
-        return torch.ops.levelset_ext.mlp_values(*pack.tensors, x.detach(), torch.get_num_threads())
+        return torch.ops.levelset_ext.mlp_values(
+            *pack.tensors, x.detach(), torch.get_num_threads(), self._product
+        )
 
     def evaluate(self, x: Tensor, keep: bool = False) -> LevelSetResult:
         """F and D_xF at x, as a result with zero iterations."""
@@ -214,6 +218,7 @@ class MLP:
                 max_step,
                 keep,
                 torch.get_num_threads(),
+                self._product,
             )
         )
         tape = None
@@ -288,7 +293,7 @@ class _Pack:
         layers: Sequence[Layer],
         sources: Sequence[Tensor],
         mixed: bool,
-        cuda_plan: tuple[int, int] | None,
+        cuda_plan: tuple[int, int, int] | None,
         before: _Pack | None,
     ) -> None:
         _Pack._serials += 1
@@ -310,13 +315,15 @@ class _Pack:
             rows.append([layer.outputs, hidden, inputs, _C.mlp_activations[layer.activation]])
             scales.append([layer.sharpness, layer.threshold])
         if cuda_plan is not None:
-            mixed, numbers = False, cuda_plan[0]
+            numbers, _, pairs = cuda_plan
+        else:
+            mixed = mixed and _C.mlp_mixed
         packed, coarse = (None, None) if before is None else before.tensors[:2]
         if packed is None or len(packed) != numbers or packed.device != sources[0].device:
             packed = sources[0].new_empty(numbers)
         pairs = pairs if mixed and sources[0].dtype == torch.float32 else 0
-        if coarse is None or len(coarse) != pairs:
-            coarse = torch.empty(pairs, dtype=torch.int32, device="cpu")
+        if coarse is None or len(coarse) != pairs or coarse.device != packed.device:
+            coarse = torch.empty(pairs, dtype=torch.int32, device=packed.device)
         self.tensors: tuple[Tensor, Tensor, Tensor, Tensor] = (
             packed,
             coarse,
