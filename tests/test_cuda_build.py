@@ -68,16 +68,26 @@ def test_the_fused_kernel_says_which_networks_it_takes():
     if not ls.build_info()["cuda"]:
         assert plan(64, 1) is None
         return
+    assert plan(64, 1)[2] == 0  # no matrix for tensor cores
+    assert plan(64, 40, 1)[2] == 64 * (32 + 32)  # pairs of W^T and of W, padded to 16
     # Bias, U^T of 3 rows, then W^T (64 rows) and W (1 row, padded to 16) of the last layer.
     assert plan(64, 1)[0] == 64 * (1 + 3) + 64 * (1 + 64 + 16)
     for widths in ((1,), (5, 2), (128,) * 4 + (1,), (512,) * 8 + (1,)):
-        packed, shared = plan(*widths)
+        packed, shared, _ = plan(*widths)
         assert packed > 0
         assert shared <= 113 * 1024  # two blocks on a multiprocessor with 228 KiB
     for widths, d in (((513, 1), 3), ((8, 3), 3), ((8, 1), 17), ((4,) * 24 + (1,), 3)):
         assert plan(*widths, d=d) is None
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
     assert ls.networks.MLP.from_module(net)._cuda_plan == plan(8, 1)
+
+
+def test_the_room_of_a_device_that_is_not_there_is_an_error_and_not_none():
+    if not ls.build_info()["cuda"]:
+        assert _C.mlp_cuda_room(0) == 0
+        return
+    with pytest.raises(RuntimeError, match="mlp_cuda_room: device 99"):
+        _C.mlp_cuda_room(99)
 
 
 def test_resource_check_skips_visibly_without_a_toolkit():

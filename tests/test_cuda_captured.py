@@ -72,6 +72,12 @@ def test_a_network_that_waits_for_the_device_is_refused_with_a_reason():
     captured = CapturedProjection(waits, x, tol=1e-8)
     assert "cannot be captured" in captured.reason
     same(captured(x), ls.project(waits, x, tol=1e-8))
+    # Nothing is left behind: the stream, the modes, random numbers, the next capture.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.rand(3, device="cuda").isfinite().all()
+    fn = problems.Sphere().cuda()
+    assert CapturedProjection(fn, x, tol=1e-8).reason is None
 
 
 def test_a_compiled_field_needs_no_graph():

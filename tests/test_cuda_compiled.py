@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_compiled import NETWORKS, SkipIn, close, points, with_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import levelset_ext as ls
+from levelset_ext import _C
 from levelset_ext.networks import MLP, ImplicitMLP, compiled_fields, fc1, fc2
 from levelset_ext.result import Status
 
@@ -68,6 +70,45 @@ def test_projection_is_newtons_on_the_module(name):
     close(fast.values.cpu(), F.float())
     close(fast.jacobian.cpu(), J.float())
     assert (fast.residual[fast.converged] <= 1e-4).all()
+
+
+class Launched(TorchDispatchMode):
+    """The names of the project's own ops that are called within it."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "levelset_ext":
+            self.names.append(str(func.overloadpacket).removeprefix("levelset_ext."))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_kernel_is_what_runs_and_not_something_that_agrees_with_it():
+    net = ImplicitMLP(3, 1, 128, 4).cuda()
+    x = points(100, 3, torch.float32).cuda()
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    room = _C.mlp_cuda_room(index)
+    assert room >= MLP.from_module(net)._cuda_plan[1]
+    assert room <= getattr(properties, "shared_memory_per_multiprocessor", room)
+    with Launched() as launched:
+        ls.project(net, x, max_iters=3)
+    assert launched.names.count("mlp_project") == 1
+    assert set(launched.names) <= {"mlp_pack_", "mlp_project", "mlp_values"}
+    with compiled_fields(False), Launched() as launched:
+        ls.project(net, x, max_iters=3)
+    assert set(launched.names) == {"newton_update_"}
+
+
+def test_packed_parameters_that_begin_between_two_vectors_are_refused():
+    _, field = network("skip")
+    packed, *rest = field.packed().tensors
+    shifted = torch.empty(len(packed) + 1, device="cuda")[1:].copy_(packed)
+    x = points(3, 3, torch.float32).cuda()
+    with pytest.raises(RuntimeError, match="packed: expected memory at a multiple of 16"):
+        torch.ops.levelset_ext.mlp_values(shifted, *rest, x, 1)
 
 
 def test_every_status():
@@ -142,6 +183,81 @@ def test_gradients_go_through_the_module():
     fast = torch.autograd.grad(ls.sample_network(field, result).sum(), net.lin1.weight)[0]
     slow = torch.autograd.grad(ls.sample_network(net, result).sum(), net.lin1.weight)[0]
     torch.testing.assert_close(fast, slow)
+
+
+FLOAT32, TENSOR_CORES = 1, 2
+
+
+def by_product(name, product, mixed=False):
+    net = with_weights(FUSED[name]()).cuda()
+    field = MLP.from_module(net, mixed=mixed)
+    field._product = product
+    return net, field
+
+
+@pytest.mark.parametrize("name", ["silu, skip True", "FC-1", "128 x 4", "256 x 3", "FC-2"])
+def test_tensor_cores_are_about_as_exact_as_float32(name):
+    errors = {}
+    for product in (FLOAT32, TENSOR_CORES):
+        net, field = by_product(name, product)
+        x = points(700, field.dimension, torch.float32).cuda()
+        F, J = exact(net, x)
+        found = field.evaluate(x)
+        assert torch.equal(field.values(x), found.values)
+        errors[product] = [
+            float((a.double().cpu() - b).norm() / b.norm())
+            for a, b in ((found.values, F), (found.jacobian, J))
+        ]
+    for a, b in zip(errors[TENSOR_CORES], errors[FLOAT32], strict=True):
+        assert a < 4 * b + 1e-7, errors
+    assert errors[TENSOR_CORES] != errors[FLOAT32]  # they are two ways
+
+
+def test_tensor_cores_are_what_runs_by_itself():
+    x = points(300, 3, torch.float32).cuda()
+    _, automatic = by_product("128 x 4", 0)
+    found = automatic.evaluate(x).values
+    assert torch.equal(found, by_product("128 x 4", TENSOR_CORES)[1].evaluate(x).values)
+    assert not torch.equal(found, by_product("128 x 4", FLOAT32)[1].evaluate(x).values)
+
+
+@pytest.mark.parametrize("name", ["silu, skip True", "128 x 4", "256 x 3", "FC-2"])
+def test_mixed_precision_ends_with_exact_numbers(name):
+    net, mixed = by_product(name, 0, mixed=True)
+    plain = MLP.from_module(net)
+    x = points(3000, 3, torch.float32).cuda()
+    options = {"max_iters": 12, "tol": 1e-4, "max_step": 0.5}
+    level = plain.values(0.3 * x[:5]).mean(0)
+    a, b = ls.project(plain, x, level, **options), ls.project(mixed, x, level, **options)
+    assert not torch.equal(a.points, b.points)
+    again = plain.evaluate(b.points)
+    assert torch.equal(again.values, b.values)
+    assert torch.equal(again.jacobian, b.jacobian)
+    assert abs(int(a.converged.sum()) - int(b.converged.sum())) < 0.03 * len(x)
+    assert (b.residual[b.converged] <= 1e-4).all()
+    alone = ls.project(mixed, x[7:8], level, **options)
+    assert torch.equal(alone.points[0], b.points[7])
+    at_once = ls.project(mixed, x, level, max_iters=0)
+    assert torch.equal(at_once.points, x)
+
+
+def test_a_coarse_step_that_fails_is_not_taken():
+    net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(float(parameter.dim() > 1))
+    x = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.5, math.nan]]).cuda()
+    found = ls.project(MLP.from_module(net.cuda(), mixed=True), x, 256.0, max_iters=5)
+    S = Status
+    assert found.status.tolist() == [S.RANK_DEFICIENT, S.CONVERGED, S.NON_FINITE]
+    assert found.iterations.tolist() == [0, 1, 0]
+    assert torch.equal(found.points[0], x[0])
+
+
+def test_a_product_that_is_none_is_an_error():
+    _, field = by_product("128 x 4", 3)
+    with pytest.raises(RuntimeError, match="product: expected 0"):
+        field.values(points(3, 3, torch.float32).cuda())
 
 
 def test_what_does_not_fit_runs_as_the_module():

@@ -27,7 +27,12 @@ FLAGS = ["-O3", "-std=c++20", "--Werror", "all-warnings", "-Xptxas", "-v"]
 
 # Bytes that a kernel may keep on the stack around calls. The fused kernel calls its phases, each of
 # which has all registers, and so saves its two loop counters; the phases themselves may not spill.
-AROUND_CALLS = {"mlp_newton_tiles": 16}
+AROUND_CALLS = {"mlp_newton_tiles": 24}
+# Bytes, stores and loads, that those phases may spill all the same: a few addresses beside the 64 sums
+# and the halves of 3xTF32, on sm_80 and sm_100. With 512 columns a panel lasts for one step only, so
+# what copies the next one lives beside what multiplies.
+IN_CALLS = {f"W={width}, 3xTF32": 64 for width in (64, 128, 256)} | {"W=512, 3xTF32": 160}
+PRODUCTS = {"1": "float32", "2": "3xTF32", "3": "bfloat16"}
 
 MARKS = ("<!-- resources -->", "<!-- end of resources -->")
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
@@ -96,7 +101,7 @@ def describe(kernel: dict[str, Any], name: str) -> None:
     """Adds op, team, dtype and l, read off the kernel's C++ name."""
     rows = re.search(r"(\w+)_per_row<.*?(\w+)Op, \w+, (\d+), [\w:]+, (\w+)>", name)
     nearest = re.search(r"(nearest_\w+)<(\w+)(?:, (\d+))?>", name)
-    tiles = re.search(r"(mlp_\w+)<(\d+)>", name)
+    tiles = re.search(r"(mlp_\w+)<(\d+),.*?MlpProduct\)?(?:::\w+)?(\d)>", name)
     if rows:
         team, op, outputs, dtype = rows.groups()
         kernel.update(op=op.lower(), team=team, dtype=dtype, outputs=int(outputs) or "any")
@@ -104,7 +109,8 @@ def describe(kernel: dict[str, Any], name: str) -> None:
         op, dtype, dimension = nearest.groups()
         kernel.update(op=op, team="-", dtype=dtype, outputs=f"d={dimension}" if dimension else "-")
     elif tiles:
-        kernel.update(op=tiles[1], team="block", dtype="float", outputs=f"W={tiles[2]}")
+        product = PRODUCTS[tiles[3]]
+        kernel.update(op=tiles[1], team="block", dtype="float", outputs=f"W={tiles[2]}, {product}")
     else:
         other = re.search(r"(\w+)\(", name)
         kernel.update(op=other[1] if other else name, team="-", dtype="float", outputs="-")
@@ -112,7 +118,8 @@ def describe(kernel: dict[str, Any], name: str) -> None:
 
 def spills(kernel: dict[str, Any]) -> bool:
     own = max(kernel["spill_stores"], kernel["spill_loads"])
-    return own > AROUND_CALLS.get(kernel["op"], 0) or kernel["spills_in_calls"] > 0
+    allowed = IN_CALLS.get(kernel["outputs"], 0)
+    return own > AROUND_CALLS.get(kernel["op"], 0) or kernel["spills_in_calls"] > allowed
 
 
 def table(rows: list[dict[str, Any]], every: bool) -> list[list[str]]:
@@ -133,7 +140,7 @@ HEAD = ["arch", "op", "team", "l", "registers", "stack", "shared", "spills", "dt
 
 
 def print_table(rows: list[dict[str, Any]], every: bool) -> None:
-    layout = "{:7} {:16} {:7} {:5} {:>9} {:>6} {:>7} {:>6}  {}"
+    layout = "{:7} {:16} {:7} {:15} {:>9} {:>6} {:>7} {:>6}  {}"
     for line in [HEAD, *table(rows, every)]:
         print(layout.format(*line))
 

@@ -55,7 +55,8 @@ struct MlpPackParams {
   MlpMatrix input_matrix;                // U_k, (outputs, inputs)
   const float* bias;                     // (outputs,) or null
   std::int64_t bias_stride;
-  float* packed;  // where the layer's bias_at is
+  float* packed;          // where the layer's bias_at is
+  std::uint32_t* coarse;  // where its coarse_forward_at is, or null
 };
 
 cudaError_t mlp_pack(const MlpPackParams& params, cudaStream_t stream);
@@ -63,13 +64,15 @@ cudaError_t mlp_pack(const MlpPackParams& params, cudaStream_t stream);
 // Newton's iteration from `start`, or, where jacobian is null, F at `start` alone.
 struct MlpParams {
   MlpLayer layers[kMlpLayers];
-  int count;            // layers, the linear one at the end among them
-  int dimension;        // d
-  int outputs;          // l
-  const float* packed;  // parameters
-  std::int64_t rows;    // n
-  const float* start;   // (n, d)
-  const float* level;   // c, (n, l), or (1, l) with level_stride 0
+  int count;                    // layers, the linear one at the end among them
+  int dimension;                // d
+  int outputs;                  // l
+  const float* packed;          // parameters
+  const std::uint32_t* coarse;  // the same in pairs of bfloat16, for kCoarse, or null
+  std::int64_t rows;            // n
+  const float* start;           // (n, d); may be the same memory as points, but for kCoarse
+  const std::int32_t* begun;    // (n,) updates that rows have behind them, or null for none
+  const float* level;           // c, (n, l), or (1, l) with level_stride 0
   std::int64_t level_stride;
   const float* lower;  // (d,) or null
   const float* upper;  // (d,) or null
@@ -85,11 +88,24 @@ struct MlpParams {
   unsigned long long* next;  // scratch: the first row that nobody has taken
 };
 
-// Blocks that work on so many rows, and for which `slopes` needs room. Also makes the kernel ready
-// for the plan's shared memory; an error where this device has not that much.
-cudaError_t mlp_blocks(const MlpPlan& plan, std::int64_t rows, std::int64_t* blocks);
+// Bytes of shared memory that a block of the fused kernel may ask for on a device.
+cudaError_t mlp_shared_memory(int device, int* bytes);
 
-cudaError_t mlp_newton(const MlpParams& params, const MlpPlan& plan, std::int64_t blocks,
-                       cudaStream_t stream);
+// Whether kTensor and kCoarse are possible on the current device.
+cudaError_t mlp_tensor(const MlpParams& params, const MlpPlan& plan, bool* has);
+
+// Blocks that work on the rows, and for which `slopes` needs room. Also makes the kernel ready for
+// its shared memory; an error where this device has not that much. Not for kAuto.
+cudaError_t mlp_blocks(const MlpParams& params, const MlpPlan& plan, MlpProduct product,
+                       std::int64_t* blocks);
+
+// With kCoarse: one evaluation and one update of every row. Points and iterations are written, and
+// may be `start` and `begun` of the launch that follows.
+cudaError_t mlp_newton(const MlpParams& params, const MlpPlan& plan, MlpProduct product,
+                       std::int64_t blocks, cudaStream_t stream);
+
+using MlpKernel = void (*)(MlpParams);
+MlpKernel mlp_tensor_kernel(int width);
+MlpKernel mlp_coarse_kernel(int width);
 
 }  // namespace levelset::cuda

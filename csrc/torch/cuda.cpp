@@ -2,6 +2,7 @@
 // launch. Compiles and links without a GPU and against a CPU build of torch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
 #include "../cuda/launch.h"
@@ -9,17 +10,29 @@
 #include "cuda.h"
 #include "rows.h"
 
-// A CPU build of torch lacks this symbol. Weak, it lets the module load there; no tensor on a CUDA
-// device can reach the call.
+// The one symbol that a CPU build of torch lacks. Weak, it lets the module load there.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
 
 namespace levelset::glue {
+namespace {
+
+// Weak, it is also no reason for a linker to keep the library that defines it among those that this
+// module needs, and then a CUDA build of torch leaves it null. There the library is loaded already.
+decltype(&aoti_torch_get_current_cuda_stream) find_current_stream() {
+  if (aoti_torch_get_current_cuda_stream != nullptr) return aoti_torch_get_current_cuda_stream;
+  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return nullptr;
+  return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(
+      dlsym(library, "aoti_torch_get_current_cuda_stream"));
+}
+
+}  // namespace
 
 cudaStream_t current_stream(const Tensor& t) {
-  require(aoti_torch_get_current_cuda_stream != nullptr,
-          "levelset_ext: this torch has no CUDA support");
+  static const auto current = find_current_stream();
+  require(current != nullptr, "levelset_ext: this torch has no CUDA support");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -97,64 +97,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_project(
     const Tensor& packed, const Tensor& coarse, const Tensor& layout, const Tensor& scales,
     const Tensor& points, const Tensor& level, const std::optional<Tensor>& lower,
     const std::optional<Tensor>& upper, std::int64_t max_iters, double tol, double max_step,
-    bool keep, std::int64_t threads) {
+    bool keep, std::int64_t threads, std::int64_t /*product*/) {
   const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
-  check_projection(layers, packed, points, level, lower, upper, max_iters, tol, max_step);
-  const std::int64_t n = points.size(0), d = layers.front().inputs, l = layers.back().outputs;
-  const bool one_level = level.size(0) == 1;
+  const ProjectionTensors t =
+      prepare_projection(layers, packed, points, level, lower, upper, max_iters, tol, max_step);
   require(threads >= 1, "threads: expected at least 1, got ", threads);
-
+  const std::int64_t n = t.rows, l = layers.back().outputs;
   std::int64_t widths = 0;
   for (std::size_t k = 0; k + 1 < layers.size(); ++k) widths += layers[k].outputs;
-  const Tensor start = contiguous(points), target = contiguous(level);
-  const std::optional<Tensor> low = lower.has_value() ? std::optional(contiguous(*lower)) : lower;
-  const std::optional<Tensor> high = upper.has_value() ? std::optional(contiguous(*upper)) : upper;
-  const Tensor next_points = torch::stable::new_empty(points, Shape{n, d});
-  const Tensor values = torch::stable::new_empty(points, Shape{n, l});
-  const Tensor jacobian = torch::stable::new_empty(points, Shape{n, l, d});
-  const Tensor status = torch::stable::new_empty(points, Shape{n}, ScalarType::Char);
-  const Tensor iterations = torch::stable::new_empty(points, Shape{n}, ScalarType::Int);
   const Tensor hidden = torch::stable::new_empty(points, Shape{keep ? n * widths : 0});
   const Tensor deltas = torch::stable::new_empty(points, Shape{keep ? n * l * widths : 0});
   if (n > 0) {
     with_wide_dtype(points.scalar_type(), [&](auto zero) {
       using S = decltype(zero);
-      const auto corner = [](const std::optional<Tensor>& t) {
-        return t.has_value() ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
-      };
-      const cpu::MlpProjectParams<S> params{
-          net_of<S>(packed, coarse, layers),
-          n,
-          static_cast<const S*>(start.const_data_ptr()),
-          static_cast<const S*>(target.const_data_ptr()),
-          one_level ? 0 : l,
-          corner(low),
-          corner(high),
-          max_iters,
-          tol,
-          max_step,
-          static_cast<S*>(next_points.mutable_data_ptr()),
-          static_cast<S*>(values.mutable_data_ptr()),
-          static_cast<S*>(jacobian.mutable_data_ptr()),
-          static_cast<std::int8_t*>(status.mutable_data_ptr()),
-          static_cast<std::int32_t*>(iterations.mutable_data_ptr()),
-          keep ? static_cast<S*>(hidden.mutable_data_ptr()) : nullptr,
-          keep ? static_cast<S*>(deltas.mutable_data_ptr()) : nullptr};
+      cpu::MlpProjectParams<S> params{};
+      t.describe<S>(params);
+      params.net = net_of<S>(packed, coarse, layers);
+      params.max_iters = max_iters;
+      params.tol = tol;
+      params.max_step = max_step;
+      params.hidden = keep ? static_cast<S*>(hidden.mutable_data_ptr()) : nullptr;
+      params.deltas = keep ? static_cast<S*>(deltas.mutable_data_ptr()) : nullptr;
       std::atomic<std::int64_t> next{0};
       with_tiles<S>(points, params.net, n, threads, true, keep,
                     [&](const MlpTile<S>& tile) { cpu::mlp_project(params, tile, next); });
     });
   }
-  return {next_points, values, jacobian, status, iterations, hidden, deltas};
+  return {t.points, t.values, t.jacobian, t.status, t.iterations, hidden, deltas};
 }
 
 Tensor mlp_values(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
-                  const Tensor& scales, const Tensor& points, std::int64_t threads) {
+                  const Tensor& scales, const Tensor& points, std::int64_t threads,
+                  std::int64_t /*product*/) {
   const std::vector<MlpLayer> layers = read_layers(packed, coarse, layout, scales);
-  expect_dim(points, "points", "(n, d)", 2);
+  check_points(layers, packed, points);
   const std::int64_t n = points.size(0), l = layers.back().outputs;
-  expect_shape(points, "points", "(n, d)", {n, layers.front().inputs});
-  expect_same_kind(points, "points", packed, "packed");
   require(threads >= 1, "threads: expected at least 1, got ", threads);
   const Tensor start = contiguous(points);
   const Tensor values = torch::stable::new_empty(points, Shape{n, l});

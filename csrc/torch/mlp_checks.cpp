@@ -61,29 +61,46 @@ void check_weights(const std::vector<MlpLayer>& layers, std::int64_t index, cons
   }
 }
 
-void check_projection(const std::vector<MlpLayer>& layers, const Tensor& packed,
-                      const Tensor& points, const Tensor& level, const std::optional<Tensor>& lower,
-                      const std::optional<Tensor>& upper, std::int64_t max_iters, double tol,
-                      double max_step) {
+void check_points(const std::vector<MlpLayer>& layers, const Tensor& packed, const Tensor& points) {
   expect_dim(points, "points", "(n, d)", 2);
+  expect_shape(points, "points", "(n, d)", {points.size(0), layers.front().inputs});
+  expect_same_kind(points, "points", packed, "packed");
+}
+
+ProjectionTensors prepare_projection(const std::vector<MlpLayer>& layers, const Tensor& packed,
+                                     const Tensor& points, const Tensor& level,
+                                     const std::optional<Tensor>& lower,
+                                     const std::optional<Tensor>& upper, std::int64_t max_iters,
+                                     double tol, double max_step) {
+  check_points(layers, packed, points);
   const std::int64_t n = points.size(0), d = layers.front().inputs, l = layers.back().outputs;
   expect_outputs(l);
-  expect_shape(points, "points", "(n, d)", {n, d});
-  expect_same_kind(points, "points", packed, "packed");
   expect_dim(level, "level", "(n, l) or (1, l)", 2);
-  expect_shape(level, "level", "(n, l) or (1, l)", {level.size(0) == 1 ? 1 : n, l});
+  const bool one_level = level.size(0) == 1;
+  expect_shape(level, "level", "(n, l) or (1, l)", {one_level ? 1 : n, l});
   expect_same_kind(level, "level", packed, "packed");
-  const auto check = [&](const std::optional<Tensor>& t, const char* name) {
-    if (!t.has_value()) return;
+  const auto corner = [&](const std::optional<Tensor>& t, const char* name) {
+    if (!t.has_value()) return t;
     expect_shape(*t, name, "(d,)", {d});
     expect_same_kind(*t, name, packed, "packed");
+    return std::optional(contiguous(*t));
   };
-  check(lower, "lower");
-  check(upper, "upper");
+  const std::optional<Tensor> low = corner(lower, "lower"), high = corner(upper, "upper");
   require(max_iters >= 0 && max_iters <= std::numeric_limits<std::int32_t>::max(),
           "max_iters: expected 0 to 2^31 - 1, got ", max_iters);
   require(tol >= 0, "tol: expected a number >= 0, got ", tol);
   require(max_step > 0, "max_step: expected a length > 0, got ", max_step);
+  return {contiguous(points),
+          contiguous(level),
+          low,
+          high,
+          n,
+          one_level ? 0 : l,
+          torch::stable::new_empty(points, Shape{n, d}),
+          torch::stable::new_empty(points, Shape{n, l}),
+          torch::stable::new_empty(points, Shape{n, l, d}),
+          torch::stable::new_empty(points, Shape{n}, ScalarType::Char),
+          torch::stable::new_empty(points, Shape{n}, ScalarType::Int)};
 }
 
 }  // namespace levelset::glue

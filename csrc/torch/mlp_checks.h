@@ -21,9 +21,40 @@ void check_weights(const std::vector<MlpLayer>& layers, std::int64_t index, cons
                    const std::optional<Tensor>& hidden, const std::optional<Tensor>& inputs,
                    const std::optional<Tensor>& bias);
 
-void check_projection(const std::vector<MlpLayer>& layers, const Tensor& packed,
-                      const Tensor& points, const Tensor& level, const std::optional<Tensor>& lower,
-                      const std::optional<Tensor>& upper, std::int64_t max_iters, double tol,
-                      double max_step);
+// Points (n, d) of the kind of `packed`.
+void check_points(const std::vector<MlpLayer>& layers, const Tensor& packed, const Tensor& points);
+
+// The contiguous arguments of a projection and room for its results.
+struct ProjectionTensors {
+  Tensor start, level;
+  std::optional<Tensor> lower, upper;
+  std::int64_t rows, level_stride;
+  Tensor points, values, jacobian, status, iterations;
+
+  // Writes them to the members of the same names.
+  template <typename S, typename Params>
+  void describe(Params& params) const {
+    const auto corner = [](const std::optional<Tensor>& t) {
+      return t.has_value() ? static_cast<const S*>(t->const_data_ptr()) : nullptr;
+    };
+    params.rows = rows;
+    params.start = static_cast<const S*>(start.const_data_ptr());
+    params.level = static_cast<const S*>(level.const_data_ptr());
+    params.level_stride = level_stride;
+    params.lower = corner(lower);
+    params.upper = corner(upper);
+    params.points = static_cast<S*>(points.mutable_data_ptr());
+    params.values = static_cast<S*>(values.mutable_data_ptr());
+    params.jacobian = static_cast<S*>(jacobian.mutable_data_ptr());
+    params.status = static_cast<std::int8_t*>(status.mutable_data_ptr());
+    params.iterations = static_cast<std::int32_t*>(iterations.mutable_data_ptr());
+  }
+};
+
+ProjectionTensors prepare_projection(const std::vector<MlpLayer>& layers, const Tensor& packed,
+                                     const Tensor& points, const Tensor& level,
+                                     const std::optional<Tensor>& lower,
+                                     const std::optional<Tensor>& upper, std::int64_t max_iters,
+                                     double tol, double max_step);
 
 }  // namespace levelset::glue

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -13,6 +15,9 @@
 #include "../core/status.h"
 #include "../cpu/mlp.h"
 #include "../cuda/mlp_plan.h"
+#if defined(LEVELSET_WITH_CUDA)
+#include "../cuda/launch.h"
+#endif
 
 // `team` chooses who works on a row on CUDA: 0 automatic, 1 thread, 2 warp, 3 block. The CPU
 // ignores it.
@@ -38,8 +43,9 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
       "Tensor end, Tensor values, Tensor level, Tensor? index, float tol, int variant, bool last, "
       "int team=0) -> ()");
   library.def("nearest(Tensor query, Tensor cloud) -> (Tensor, Tensor)");
-  // A compiled field: layout (layers, 7) is outputs, hidden, inputs, activation and the three
-  // places of mlp_place; scales (layers, 2) is sharpness and threshold.
+  // A compiled field: `product` chooses how matrices are multiplied on CUDA: 0 automatic, 1
+  // float32, 2 tensor cores; layout (layers, 7) is outputs, hidden, inputs, activation and the
+  // three places of mlp_place; scales (layers, 2) is sharpness and threshold.
   library.def(
       "mlp_pack_(Tensor(a!) packed, Tensor(b!) coarse, Tensor layout, Tensor scales, int index, "
       "Tensor? hidden, "
@@ -48,11 +54,10 @@ STABLE_TORCH_LIBRARY(levelset_ext, library) {
       "mlp_project(Tensor packed, Tensor coarse, Tensor layout, Tensor scales, Tensor points, "
       "Tensor level, "
       "Tensor? lower, Tensor? upper, int max_iters, float tol, float max_step, bool keep, "
-      "int threads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int threads, int product=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "mlp_values(Tensor packed, Tensor coarse, Tensor layout, Tensor scales, Tensor points, int "
-      "threads) -> "
-      "Tensor");
+      "threads, int product=0) -> Tensor");
   library.def("mlp_weight_gradient(Tensor deltas, Tensor hidden, Tensor coefficients) -> Tensor");
 }
 
@@ -72,9 +77,9 @@ std::tuple<std::int64_t, std::int64_t> mlp_packed_size(std::int64_t outputs, std
 }
 
 // What the fused CUDA kernel needs for a network, given (outputs, hidden, inputs) of every layer:
-// (numbers of packed parameters, bytes of shared memory a block), or None where it takes no such
-// network or is not in this build.
-std::optional<std::tuple<std::int64_t, int>> mlp_cuda_plan(
+// (numbers of packed parameters, bytes of shared memory a block, pairs of coarse parameters), or
+// None where it takes no such network or is not in this build.
+std::optional<std::tuple<std::int64_t, int, std::int64_t>> mlp_cuda_plan(
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& shapes) {
 #if defined(LEVELSET_WITH_CUDA)
   std::vector<levelset::MlpLayer> layers;
@@ -88,9 +93,25 @@ std::optional<std::tuple<std::int64_t, int>> mlp_cuda_plan(
   if (layers.empty()) return std::nullopt;
   const levelset::cuda::MlpPlan plan =
       levelset::cuda::mlp_plan(layers.data(), int(layers.size()), layers.front().inputs);
-  if (plan.width > 0) return std::tuple(plan.packed, plan.shared_bytes);
+  if (plan.width > 0) return std::tuple(plan.packed, plan.shared_bytes, plan.coarse);
 #endif
   return std::nullopt;
+}
+
+// Bytes of shared memory that a block of the fused CUDA kernel may ask for on a device. torch's own
+// device properties have had this number under one name or none.
+int mlp_cuda_room(int device) {
+#if defined(LEVELSET_WITH_CUDA)
+  int bytes = 0;
+  const cudaError_t error = levelset::cuda::mlp_shared_memory(device, &bytes);
+  if (error != cudaSuccess) {
+    throw std::runtime_error("mlp_cuda_room: device " + std::to_string(device) + ": " +
+                             cudaGetErrorString(error));
+  }
+  return bytes;
+#else
+  return 0;
+#endif
 }
 
 }  // namespace
@@ -136,6 +157,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("mlp_packed_size", &mlp_packed_size, pybind11::arg("outputs"), pybind11::arg("hidden"),
              pybind11::arg("inputs"), pybind11::arg("double_precision"));
   module.def("mlp_cuda_plan", &mlp_cuda_plan, pybind11::arg("shapes"));
+  module.def("mlp_cuda_room", &mlp_cuda_room, pybind11::arg("device"));
   module.attr("mlp_mixed") = levelset::cpu::coarse_kernels() != nullptr;
   module.attr("mlp_vector_bytes") =
       int(levelset::cpu::vector_kernels<float>().lanes * sizeof(float));

@@ -14,6 +14,7 @@ and tanh, concatenation with the input, scaling by numbers, a slice or squeeze a
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,8 @@ class MLP:
     def __init__(
         self, module: nn.Module, dimension: int | None = None, mixed: bool = False
     ) -> None:
-        self.mixed = mixed and _C.mlp_mixed
+        self.mixed = mixed
+        self._product = 0  # of the CUDA ops; other numbers are for tests and benchmarks
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             module = module._orig_mod  # type: ignore[assignment]  # torch.compile wrapped it
         if any("_orig_mod" in child._modules for child in module.modules()):
@@ -108,7 +110,8 @@ class MLP:
                 a row, and D_xF wherever the row does not end, multiply bfloat16 numbers. Whether a
                 row has converged is decided, and ``values`` and ``jacobian`` are returned, in
                 float32. A row may take another way, so to another point of the level set a little
-                aside. On processors without such products (``AVX512-BF16``) nothing changes.
+                aside. On processors without such products (``AVX512-BF16``) nothing changes. On
+                CUDA the first evaluation of a row is the only one in mixed precision.
 
         Raises:
             ValueError: the module is no such chain; the message says where it departs from one.
@@ -150,7 +153,7 @@ class MLP:
             return self.dtype in (torch.float32, torch.float64)
         if device.type != "cuda" or self.dtype != torch.float32 or self._cuda_plan is None:
             return False
-        return self._cuda_plan[1] <= _shared_memory_of(device)
+        return self._cuda_plan[1] <= _shared_memory_of(device.index)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the compiled loop can evaluate these points, (n, d)."""
@@ -183,7 +186,9 @@ class MLP:
     def values(self, x: Tensor) -> Tensor:
         """F(x), (n, l), without gradients."""
         pack = self.packed()
-        return torch.ops.levelset_ext.mlp_values(*pack.tensors, x.detach(), torch.get_num_threads())
+        return torch.ops.levelset_ext.mlp_values(
+            *pack.tensors, x.detach(), torch.get_num_threads(), self._product
+        )
 
     def evaluate(self, x: Tensor, keep: bool = False) -> LevelSetResult:
         """F and D_xF at x, as a result with zero iterations."""
@@ -213,6 +218,7 @@ class MLP:
                 max_step,
                 keep,
                 torch.get_num_threads(),
+                self._product,
             )
         )
         tape = None
@@ -287,7 +293,7 @@ class _Pack:
         layers: Sequence[Layer],
         sources: Sequence[Tensor],
         mixed: bool,
-        cuda_plan: tuple[int, int] | None,
+        cuda_plan: tuple[int, int, int] | None,
         before: _Pack | None,
     ) -> None:
         _Pack._serials += 1
@@ -309,13 +315,15 @@ class _Pack:
             rows.append([layer.outputs, hidden, inputs, _C.mlp_activations[layer.activation]])
             scales.append([layer.sharpness, layer.threshold])
         if cuda_plan is not None:
-            mixed, numbers = False, cuda_plan[0]
+            numbers, _, pairs = cuda_plan
+        else:
+            mixed = mixed and _C.mlp_mixed
         packed, coarse = (None, None) if before is None else before.tensors[:2]
         if packed is None or len(packed) != numbers or packed.device != sources[0].device:
             packed = sources[0].new_empty(numbers)
         pairs = pairs if mixed and sources[0].dtype == torch.float32 else 0
-        if coarse is None or len(coarse) != pairs:
-            coarse = torch.empty(pairs, dtype=torch.int32, device="cpu")
+        if coarse is None or len(coarse) != pairs or coarse.device != packed.device:
+            coarse = torch.empty(pairs, dtype=torch.int32, device=packed.device)
         self.tensors: tuple[Tensor, Tensor, Tensor, Tensor] = (
             packed,
             coarse,
@@ -341,7 +349,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), t._version) for t in tensors]
 
 
-def _shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have on a CUDA device."""
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0))
+@functools.cache
+def _shared_memory_of(index: int) -> int:
+    """Bytes of shared memory that a block of the fused kernel may have on a CUDA device."""
+    return _C.mlp_cuda_room(index)

@@ -156,7 +156,7 @@ def _running(status: Tensor) -> Callable[[], bool]:
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
     host.copy_(answer, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(status.device))  # not of the current device
 
     def wait() -> bool:
         event.synchronize()

@@ -24,7 +24,9 @@ using levelset::Activation;
 using levelset::MlpLayer;
 using levelset::RowStatus;
 using levelset::cuda::MlpPlan;
+using levelset::cuda::MlpProduct;
 
+constexpr std::array kProducts = {MlpProduct::kFloat, MlpProduct::kTensor};
 constexpr std::array kActivations = {Activation::kNone,     Activation::kRelu, Activation::kSilu,
                                      Activation::kSoftplus, Activation::kSine, Activation::kTanh};
 
@@ -38,6 +40,7 @@ struct Net {
   std::vector<Layer> layers;
   MlpPlan plan{};
   std::vector<float> packed;
+  std::vector<std::uint32_t> coarse;
 
   // Widths of the hidden layers; the points again in every layer of `skips`.
   Net(std::int64_t dimension, std::vector<std::int64_t> widths, int outputs, Activation activation,
@@ -77,6 +80,7 @@ struct Net {
     plan = levelset::cuda::mlp_plan(shapes.data(), int(shapes.size()), d);
     if (plan.width == 0) return;
     packed.assign(std::size_t(plan.packed), std::numeric_limits<float>::quiet_NaN());
+    coarse.assign(std::size_t(plan.coarse), 0x7fff7fff);
     for (std::size_t k = 0; k < layers.size(); ++k) {
       Layer& layer = layers[k];
       layer.shape = shapes[k];
@@ -91,10 +95,17 @@ struct Net {
                                             matrix(layer.inputs, layer.shape.inputs),
                                             layer.bias.empty() ? nullptr : layer.bias.data(),
                                             1,
-                                            packed.data() + layer.shape.bias_at};
+                                            packed.data() + layer.shape.bias_at,
+                                            coarse_of(shapes, int(k))};
       ASSERT_EQ(levelset::cuda::mlp_pack(p, nullptr), cudaSuccess);
     }
     for (const float x : packed) ASSERT_FALSE(std::isnan(x));  // every number has been written
+    for (const std::uint32_t x : coarse) ASSERT_NE(x, 0x7fff7fff);
+  }
+
+  std::uint32_t* coarse_of(const std::vector<MlpLayer>& shapes, int k) {
+    const bool there = levelset::cuda::mlp_multiplies(shapes.data(), int(shapes.size()), k);
+    return there ? coarse.data() + shapes[std::size_t(k)].coarse_forward_at : nullptr;
   }
 
   // F (l,) and D_xF (l, d) at one point.
@@ -142,7 +153,8 @@ struct Net {
 struct Projection {
   std::int64_t n;
   std::vector<float> start, level{0.0f, 0.0f}, lower, upper;
-  bool own_levels = false, values_only = false;
+  bool own_levels = false, values_only = false, mixed = false;
+  MlpProduct product = MlpProduct::kFloat;
   std::int64_t max_iters = 0;
   double tol = 1e-4, max_step = std::numeric_limits<double>::infinity();
   std::vector<float> points, values, jacobian;
@@ -181,14 +193,23 @@ struct Projection {
     p.jacobian = values_only ? nullptr : jacobian.data();
     p.status = status.data();
     p.iterations = iterations.data();
-    std::int64_t blocks = 0;
-    ASSERT_EQ(levelset::cuda::mlp_blocks(net.plan, n, &blocks), cudaSuccess);
-    const std::size_t hidden = net.layers.size() - 1;
-    std::vector<float4> slopes(std::size_t(blocks) * hidden * levelset::cuda::kMlpTile / 4);
-    unsigned long long next = 99;
-    p.slopes = reinterpret_cast<float*>(slopes.data());
-    p.next = &next;
-    ASSERT_EQ(levelset::cuda::mlp_newton(p, net.plan, blocks, nullptr), cudaSuccess);
+    const auto launch = [&](MlpProduct with) {
+      std::int64_t blocks = 0;
+      ASSERT_EQ(levelset::cuda::mlp_blocks(p, net.plan, with, &blocks), cudaSuccess);
+      const std::size_t hidden = net.layers.size() - 1;
+      std::vector<float4> slopes(std::size_t(blocks) * hidden * levelset::cuda::kMlpTile / 4);
+      unsigned long long next = 99;
+      p.slopes = reinterpret_cast<float*>(slopes.data());
+      p.next = &next;
+      ASSERT_EQ(levelset::cuda::mlp_newton(p, net.plan, with, blocks, nullptr), cudaSuccess);
+    };
+    if (mixed) {
+      p.coarse = net.coarse.data();
+      launch(MlpProduct::kCoarse);
+      p.start = p.points;
+      p.begun = p.iterations;
+    }
+    launch(product);
   }
 };
 
@@ -293,15 +314,19 @@ TEST(EmulatedMlp, EveryActivationWithAndWithoutTheInputInLaterLayers) {
                                         << skips.size() << ", outputs " << outputs);
         const Net net(3, {17, 21}, outputs, activation, skips);
         ASSERT_EQ(net.plan.width, 64);
-        Projection run(net, 37);
-        run(net);
-        check_numbers(net, run, 2e-6);
-        for (const std::int32_t count : run.iterations) ASSERT_EQ(count, 0);
-        // F alone is the same to the bit.
-        Projection plain = run;
-        plain.values_only = true;
-        plain(net);
-        ASSERT_TRUE(same_bits(plain.values, run.values));
+        for (const MlpProduct product : kProducts) {
+          if (product == MlpProduct::kTensor && outputs == 2 && skips.empty()) continue;  // time
+          Projection run(net, 37);
+          run.product = product;
+          run(net);
+          check_numbers(net, run, 2e-6);
+          for (const std::int32_t count : run.iterations) ASSERT_EQ(count, 0);
+          // F alone is the same to the bit.
+          Projection plain = run;
+          plain.values_only = true;
+          plain(net);
+          ASSERT_TRUE(same_bits(plain.values, run.values));
+        }
       }
     }
   }
@@ -337,12 +362,16 @@ TEST(EmulatedMlp, EveryTile) {
   for (const Case& c : {Case{{}, 2, 300, 64}, Case{{1}, 1, 257, 64}, Case{{64, 5, 63}, 2, 260, 64},
                         Case{{65, 128}, 3, 129, 128}, Case{{129, 200}, 16, 65, 256},
                         Case{{257, 30}, 3, 33, 512}, Case{{12, 509}, 3, 5, 512}}) {
-    SCOPED_TRACE(testing::Message() << "tile of " << c.width << " columns, rows " << c.rows);
-    const Net net(c.d, c.widths, 1, Activation::kTanh, {1});
-    ASSERT_EQ(net.plan.width, c.width);
-    Projection run(net, c.rows);
-    run(net);
-    check_numbers(net, run, 2e-6);
+    for (const MlpProduct product : kProducts) {
+      SCOPED_TRACE(testing::Message() << "tile of " << c.width << " columns, rows " << c.rows
+                                      << ", product " << int(product));
+      const Net net(c.d, c.widths, 1, Activation::kTanh, {1});
+      ASSERT_EQ(net.plan.width, c.width);
+      Projection run(net, c.rows);
+      run.product = product;
+      run(net);
+      check_numbers(net, run, 2e-6);
+    }
   }
 }
 
@@ -380,31 +409,148 @@ TEST(EmulatedMlp, NewtonEndsWhereTheDoubleIterationDoes) {
 
 TEST(EmulatedMlp, ARowDependsNeitherOnTheOrderOfThreadsNorOnTheRowsBesideIt) {
   const Net net(3, {33, 33}, 1, Activation::kSilu);
-  Projection first(net, 300);
-  first.max_iters = 4;
-  first.start[3 * 13] = std::numeric_limits<float>::quiet_NaN();
-  first(net);
-  EXPECT_EQ(RowStatus(first.status[13]), RowStatus::kNonFinite);
-  emulation::for_each_order(
-      [&] {
-        Projection again = first;
-        again(net);
-        ASSERT_TRUE(same_bits(again.points, first.points)) << emulation::order_name();
-        ASSERT_TRUE(same_bits(again.values, first.values)) << emulation::order_name();
-        ASSERT_TRUE(same_bits(again.jacobian, first.jacobian)) << emulation::order_name();
-        ASSERT_EQ(again.status, first.status) << emulation::order_name();
-        ASSERT_EQ(again.iterations, first.iterations) << emulation::order_name();
-      },
-      1);
-  for (const std::size_t i : {0u, 12u, 14u, 299u}) {
-    Projection alone = first;
-    alone.n = 1;
-    alone.start.assign(first.start.begin() + long(3 * i), first.start.begin() + long(3 * i + 3));
-    alone(net);
-    EXPECT_EQ(alone.status[0], first.status[i]);
-    EXPECT_TRUE(std::equal(alone.points.begin(), alone.points.end(), &first.points[3 * i]));
-    EXPECT_TRUE(std::equal(alone.jacobian.begin(), alone.jacobian.end(), &first.jacobian[3 * i]));
+  for (const int way : {0, 1, 2}) {  // float32, tensor cores, mixed
+    SCOPED_TRACE(testing::Message() << "way " << way);
+    Projection first(net, way == 0 ? 300 : 40);  // an emulated instruction is slow
+    first.max_iters = way == 0 ? 4 : 2;
+    first.product = way == 0 ? MlpProduct::kFloat : MlpProduct::kTensor;
+    first.mixed = way == 2;
+    first.start[3 * 13] = std::numeric_limits<float>::quiet_NaN();
+    first(net);
+    EXPECT_EQ(RowStatus(first.status[13]), RowStatus::kNonFinite);
+    emulation::for_each_order(
+        [&] {
+          Projection again = first;
+          again(net);
+          ASSERT_TRUE(same_bits(again.points, first.points)) << emulation::order_name();
+          ASSERT_TRUE(same_bits(again.values, first.values)) << emulation::order_name();
+          ASSERT_TRUE(same_bits(again.jacobian, first.jacobian)) << emulation::order_name();
+          ASSERT_EQ(again.status, first.status) << emulation::order_name();
+          ASSERT_EQ(again.iterations, first.iterations) << emulation::order_name();
+        },
+        1);
+    for (const std::size_t i : {std::size_t(0), std::size_t(12), std::size_t(first.n - 1)}) {
+      Projection alone = first;
+      alone.n = 1;
+      alone.start.assign(first.start.begin() + long(3 * i), first.start.begin() + long(3 * i + 3));
+      alone(net);
+      EXPECT_EQ(alone.status[0], first.status[i]);
+      EXPECT_TRUE(std::equal(alone.points.begin(), alone.points.end(), &first.points[3 * i]));
+      EXPECT_TRUE(std::equal(alone.jacobian.begin(), alone.jacobian.end(), &first.jacobian[3 * i]));
+    }
   }
+}
+
+// The largest error of F and of D_xF, against double, in units of what check_numbers allows for 1.
+std::array<double, 2> errors(const Net& net, const Projection& run) {
+  std::array<double, 2> worst{};
+  const std::size_t d = std::size_t(net.d);
+  for (std::size_t i = 0; i < std::size_t(run.n); ++i) {
+    const std::vector<double> x(run.points.begin() + long(i * d),
+                                run.points.begin() + long((i + 1) * d));
+    std::vector<double> values, jacobian;
+    net.evaluate(x, values, jacobian);
+    worst[0] = std::max(worst[0], std::fabs(run.values[i] - values[0]) / (1 + length(values)));
+    for (std::size_t j = 0; j < d; ++j) {
+      const double error = std::fabs(run.jacobian[i * d + j] - jacobian[j]);
+      worst[1] = std::max(worst[1], error / (1 + length(jacobian)));
+    }
+  }
+  return worst;
+}
+
+// Three products in TF32 are about as exact as one in float32; one of them alone is far from it.
+TEST(EmulatedMlp, TensorCoresAreAsExactAsFloat32) {
+  const Net net(3, {128, 128}, 1, Activation::kSine, {1});
+  Projection exact(net, 64), tensor(net, 64);
+  exact(net);
+  tensor.product = MlpProduct::kTensor;
+  tensor(net);
+  const auto of_float = errors(net, exact), of_tensor = errors(net, tensor);
+  for (const std::size_t i : {0u, 1u}) {
+    EXPECT_LT(of_tensor[i], 3 * of_float[i]);
+    EXPECT_LT(of_float[i], 1e-5);
+    RecordProperty(i == 0 ? "values" : "jacobian", std::to_string(of_tensor[i] / of_float[i]));
+  }
+}
+
+// Where the first evaluation is coarse a row takes another way to a point as exact.
+TEST(EmulatedMlp, MixedPrecisionEndsWithExactNumbers) {
+  struct Case {
+    std::vector<std::int64_t> widths;
+    int outputs;
+    std::int64_t rows;
+  };
+  for (const Case& c : {Case{{40, 47}, 1, 80}, Case{{33, 20}, 2, 40}, Case{{100, 65}, 1, 20},
+                        Case{{300, 17}, 1, 8}}) {
+    SCOPED_TRACE(testing::Message() << "widths " << c.widths[0] << ", outputs " << c.outputs);
+    const Net net(3, c.widths, c.outputs, Activation::kSine);
+    Projection run(net, c.rows);
+    run.max_iters = 6;
+    run.max_step = 0.5;
+    run.product = MlpProduct::kTensor;
+    Projection mixed = run;
+    mixed.mixed = true;
+    run(net);
+    mixed(net);
+    check_numbers(net, mixed, 2e-6);
+    ASSERT_FALSE(same_bits(mixed.points, run.points));
+    const auto ended = [&](const Projection& of) {
+      return std::count(of.status.begin(), of.status.end(), std::int8_t(RowStatus::kConverged));
+    };
+    EXPECT_GT(ended(mixed), run.n / 2);
+    EXPECT_LE(std::abs(ended(mixed) - ended(run)), run.n / 20 + 1);
+    double far = 0;
+    for (std::int64_t i = 0; i < run.n * net.d; ++i) {
+      const std::size_t at = std::size_t(i);
+      if (RowStatus(run.status[at / 3]) != RowStatus::kConverged) continue;
+      far += std::fabs(run.points[at] - mixed.points[at]) > 0.05;
+    }
+    EXPECT_LE(far, double(run.n * net.d) / 20);
+  }
+}
+
+// A coarse step that fails is not taken: the row is judged by exact numbers where it began.
+TEST(EmulatedMlp, ACoarseStepThatFailsIsNotTaken) {
+  Net net(2, {16, 16}, 1, Activation::kRelu, {}, false);
+  for (float& weight : net.layers[0].inputs) weight = 1.0f;
+  for (float& weight : net.layers[1].hidden) weight = 1.0f;
+  for (float& weight : net.layers[2].hidden) weight = 1.0f;
+  net.pack();
+  Projection run(net, 3);
+  run.start = {-1.0f, -1.0f, 1.0f, 1.0f, 0.5f, std::numeric_limits<float>::quiet_NaN()};
+  run.level = {256.0f};  // F = 256 (x + y) where that is positive
+  run.max_iters = 5;
+  run.mixed = true;
+  run.product = MlpProduct::kTensor;
+  run(net);
+  EXPECT_EQ(RowStatus(run.status[0]), RowStatus::kRankDeficient);
+  EXPECT_EQ(RowStatus(run.status[1]), RowStatus::kConverged);
+  EXPECT_EQ(RowStatus(run.status[2]), RowStatus::kNonFinite);
+  EXPECT_EQ(run.iterations[0], 0);
+  EXPECT_EQ(run.iterations[1], 1);
+  EXPECT_EQ(run.points[0], -1.0f);
+  EXPECT_EQ(run.points[4], 0.5f);
+}
+
+TEST(EmulatedMlp, TheRuleForTensorCores) {
+  using levelset::cuda::mlp_has_tensor;
+  const auto product = [](const Net& net, bool has_tensor) {
+    std::vector<MlpLayer> shapes;
+    for (const Layer& layer : net.layers) shapes.push_back(layer.shape);
+    return levelset::cuda::mlp_product(shapes.data(), int(shapes.size()), has_tensor);
+  };
+  const Net deep(3, {64, 64}, 1, Activation::kRelu), shallow(3, {64}, 1, Activation::kRelu);
+  const Net narrow(3, {15, 64}, 1, Activation::kRelu), wide(3, {512, 512}, 1, Activation::kRelu);
+  EXPECT_EQ(product(deep, true), MlpProduct::kTensor);
+  EXPECT_EQ(product(deep, false), MlpProduct::kFloat);
+  EXPECT_EQ(product(shallow, true), MlpProduct::kFloat);
+  EXPECT_EQ(product(narrow, true), MlpProduct::kFloat);
+  EXPECT_EQ(shallow.plan.coarse, 0);
+  EXPECT_TRUE(mlp_has_tensor(deep.plan, 3, 1, 8, 163 * 1024));
+  EXPECT_FALSE(mlp_has_tensor(deep.plan, 3, 1, 7, 163 * 1024));
+  EXPECT_TRUE(mlp_has_tensor(wide.plan, 3, 1, 9, 227 * 1024));
+  EXPECT_FALSE(mlp_has_tensor(wide.plan, 3, 1, 8, 99 * 1024));
 }
 
 TEST(EmulatedMlp, NoRows) {
@@ -464,8 +610,15 @@ TEST(EmulatedMlp, NetworksThatDoNotFitHaveNoPlan) {
   EXPECT_EQ(width(Net(3, std::vector<std::int64_t>(24, 4), 1, Activation::kRelu)), 0);
   EXPECT_EQ(width(Net(3, std::vector<std::int64_t>(23, 4), 1, Activation::kRelu)), 64);
   // What two blocks of one multiprocessor need, and what a device with less has.
-  EXPECT_LE(2 * (levelset::cuda::mlp_room(128, 3, 2).bytes + 1024), 228 * 1024);
-  EXPECT_LE(levelset::cuda::mlp_room(64, 16, 2).bytes, 163 * 1024);
+  for (const int columns : levelset::cuda::kMlpWidths) {
+    for (const MlpProduct product : {MlpProduct::kFloat, MlpProduct::kTensor}) {
+      const auto bytes = [&](int d, int l) {
+        return levelset::cuda::mlp_room(columns, d, l, product).bytes;
+      };
+      EXPECT_LE(2 * (bytes(3, 2) + 1024), 228 * 1024) << columns;
+      EXPECT_LE(bytes(16, 2), 163 * 1024);
+    }
+  }
 }
 
 }  // namespace

@@ -32,13 +32,15 @@ wait
 compile "$root/csrc" "$here/mlp_test.cpp" "$work/mlp_test.o" &
 compile "$root/csrc" "$root/csrc/cuda/mlp.cu" "$work/mlp.o"
 wait
+compile "$root/csrc" "$root/csrc/cuda/mlp_tensor.cu" "$work/mlp_tensor.o"
 
 rows_objects="rows_test pinv_apply pinv_adjoint newton_update"
 nearest_objects="nearest_test nearest"
-mlp_objects="mlp_test mlp"
+mlp_objects="mlp_test mlp mlp_tensor"
 rows_filter='EmulatedRows/0.Adjoint*:EmulatedRows/0.Bad*'
 nearest_filter='EmulatedNearest/0.*'
 mlp_filter='EmulatedMlp.EveryActivation*:EmulatedMlp.Infinity*'
+tensor_filter='EmulatedMlp.TensorCores*'
 failed=0
 
 # mutate WHAT FILE SED: FILE is below csrc; the unit that is compiled again follows from it.
@@ -55,6 +57,7 @@ mutate() {
   fi
   case $2 in
     cuda/nearest.cu) unit=nearest objects=$nearest_objects filter=$nearest_filter ;;
+    cuda/mlp_tensor*) unit=mlp_tensor objects=$mlp_objects filter=$tensor_filter ;;
     cuda/mlp*) unit=mlp objects=$mlp_objects filter=$mlp_filter ;;
     *) unit=pinv_adjoint objects=$rows_objects filter=$rows_filter ;;
   esac
@@ -103,12 +106,19 @@ mutate "no barrier before the tile is filled again" cuda/nearest.cu \
 mutate "parts of the cloud overlap by nothing but their last point" cuda/nearest.cu \
   's/min\(first \+ part, p\.cloud_size\)/min(first + part - 1, p.cloud_size)/'
 mutate "fused kernel as it is" cuda/mlp.cu ""
-mutate "no barrier before a layer's result takes the place of its input" cuda/mlp_products.cuh \
+mutate "no barrier before a layer's result takes the place of its input" cuda/mlp_float.cuh \
   '/if \(left > kPanel\) put/{n;s/__syncthreads\(\);//}'
-mutate "no barrier between the deltas and what they add to the Jacobian" cuda/mlp.cu \
+mutate "no barrier between the deltas and what they add to the Jacobian" cuda/mlp_tiles.cuh \
   '/for \(--k;; --k\)/{n;s/__syncthreads\(\);//}'
-mutate "slots of different warps are given the same rows" cuda/mlp.cu \
+mutate "slots of different warps are given the same rows" cuda/mlp_tiles.cuh \
   's/row \+= wanted\[w\];/row += 0 * wanted[w];/'
-mutate "a matrix is read to the end of its last panel" cuda/mlp_products.cuh \
+mutate "a matrix is read to the end of its last panel" cuda/mlp_float.cuh \
   's/if \(left >= kPanel\)/if (left > 0)/'
+mutate "tensor products as they are" cuda/mlp_tensor.cuh ""
+mutate "a panel is read before it has arrived" cuda/mlp_tensor.cuh 's/^ *wait_for_copies\(\);//'
+mutate "no barrier before a panel is read" cuda/mlp_tensor.cuh \
+  's/__syncthreads\(\);  \/\/ the panel is there.*//'
+mutate "a factor without its lower part" cuda/mlp_tensor.cuh 's/mma_tf32\(found, high\[m\], b_low\);//'
+mutate "a line that is not turned" cuda/mlp_tensor.cuh \
+  's/return tile\[c \* kRows \+ mlp_turned\(c, (.*)\)\];/return tile[c * kRows + \1];/'
 exit $failed
