@@ -193,6 +193,54 @@ def test_disks_lie_on_the_surface_between_the_points() -> None:
     assert 0.4 < float(found) < 0.55
 
 
+@pytest.mark.parametrize("d", [2, 3])
+def test_disks_are_tangent_to_what_is_round(d: int) -> None:
+    """On a sphere planes lie a sixth of their sagitta inside; quadrics are wrong by its square."""
+    generator = torch.Generator().manual_seed(3)
+    cloud = torch.randn(3000 if d == 3 else 800, d, generator=generator, dtype=torch.float64)
+    cloud /= cloud.norm(dim=1, keepdim=True)
+    disks = ls.losses.fit_disks(cloud)
+    away = (disks.centers.norm(dim=1) - 1).abs()
+    assert float(away.max()) < 2e-3
+    assert float(away.mean()) < 1e-4
+    planes = ls.losses.fit_disks(cloud, 5 if d == 2 else 11)  # too few for a quadric
+    assert float(away.mean()) < 0.1 * float((planes.centers.norm(dim=1) - 1).abs().mean())
+    assert float((disks.normals * cloud).sum(1).abs().min()) > 0.999
+    torch.testing.assert_close(disks.normals.norm(dim=1), torch.ones(len(cloud)).double())
+    # The height is along the normal of the disk, not of the neighbours' plane.
+    moved = disks.centers - cloud
+    torch.testing.assert_close(moved, (moved * disks.normals).sum(1, keepdim=True) * disks.normals)
+
+
+def test_a_quadric_is_its_own_fit() -> None:
+    """Heights of a paraboloid come out exactly, whatever its directions and scale."""
+    generator = torch.Generator().manual_seed(4)
+    flat = 0.4 * torch.rand(500, 2, generator=generator, dtype=torch.float64) - 0.2
+    flat[0] = 0.0
+    height = 0.8 * flat[:, :1] ** 2 - 0.5 * flat[:, :1] * flat[:, 1:] + 0.3 * flat[:, 1:] ** 2
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
+    cloud = 7.0 * torch.cat([flat, height], 1) @ turn
+    noisy = cloud.clone()
+    noisy[0] += 7.0 * 0.02 * turn[2]  # lifted off the surface by 0.14
+    disks = ls.losses.fit_disks(noisy, neighbours=400)
+    # Its weight pulls the fit toward it, by a share that the others outweigh.
+    assert float((disks.centers[0] - cloud[0]).norm()) < 0.005
+    assert float((disks.normals[0] @ turn[2]).abs()) > 0.9999
+
+
+@pytest.mark.parametrize("case", ["line", "equal", "few"])
+def test_disks_of_what_is_no_surface_are_finite(case: str) -> None:
+    cloud = torch.zeros(40, 3)
+    if case == "line":
+        cloud[:, 0] = torch.linspace(0, 1, 40)
+    elif case == "few":
+        cloud = sphere_points(3, 1.0).float()
+    disks = ls.losses.fit_disks(cloud, 20)
+    assert all(bool(torch.isfinite(part).all()) for part in disks)
+    torch.testing.assert_close(disks.normals.norm(dim=1), torch.ones(len(cloud)))
+    torch.testing.assert_close(disks.centers, cloud, rtol=0, atol=1e-6)
+
+
 def test_gradient_with_disks_is_that_of_a_moving_level_set() -> None:
     cloud = sphere_points(400, 1.0)
     disks = ls.losses.fit_disks(cloud)
@@ -223,8 +271,8 @@ def test_bad_disks_are_named() -> None:
     cloud = sphere_points(50, 1.0)
     with pytest.raises(ValueError, match="neighbours: expected at least d = 3, got 2"):
         ls.losses.fit_disks(cloud, 2, 1)
-    with pytest.raises(ValueError, match="covered: expected 1 to 11, got 12"):
-        ls.losses.fit_disks(cloud, covered=12)
+    with pytest.raises(ValueError, match="covered: expected 1 to 31, got 32"):
+        ls.losses.fit_disks(cloud, covered=32)
     assert ls.losses.fit_disks(cloud[:5]).radii.shape == (5,)  # fewer points than neighbours
 
 

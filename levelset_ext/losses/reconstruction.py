@@ -40,18 +40,22 @@ class Disks(NamedTuple):
         return torch.linalg.vector_norm(torch.stack([height[:, 0], outside], 1), dim=1)
 
 
-def fit_disks(cloud: Tensor, neighbours: int = 12, covered: int = 4) -> Disks:
+def fit_disks(cloud: Tensor, neighbours: int = 32, covered: int = 4) -> Disks:
     """The disks of a cloud that samples a hypersurface (a surface in space, a curve in the plane).
 
-    A plane is the least-squares one through a point and its nearest neighbours. Across a surface
-    that is sampled with noise the distance to the nearest point is wrong twice: near the surface it
-    is too large by the gaps between the points, and away from it too small, as of several points
-    the one that noise moved closest is the nearest. The disk averages over its neighbours' noise
-    and spans the gap; it ends where they do, so a hole in the cloud stays one.
+    Around a point the surface is taken for a quadric over the plane of its nearest neighbours, the
+    least-squares one with weights exp(-2 r^2 / R^2) for neighbours as far as r of at most R; the
+    disk is tangent to it. Across a surface that is sampled with noise the distance to the nearest
+    point is wrong twice: near the surface it is too large by the gaps between the points, and away
+    from it too small, as of several points the one that noise moved closest is the nearest. The
+    disk averages over its neighbours' noise and spans the gap; it ends where they do, so a hole in
+    the cloud stays one. A plane instead of the quadric would lie inside of whatever is round, the
+    more the thinner it is.
 
     Args:
         cloud: X, (N, d).
-        neighbours: points of a plane, the point itself among them; at most N are taken.
+        neighbours: points of a fit, the point itself among them; at most N are taken. Fewer than
+            twice the coefficients of a quadric (d = 2: 6, d = 3: 12) are fitted by a plane.
         covered: the radius is the distance to so manieth a neighbour, less than ``neighbours``.
 
     Raises:
@@ -69,15 +73,45 @@ def fit_disks(cloud: Tensor, neighbours: int = 12, covered: int = 4) -> Disks:
     count = min(neighbours, len(points))
     distance, index = cKDTree(points).query(points, k=np.arange(1, count + 1))
     centers, normals = np.empty_like(points), np.empty_like(points)
-    for rows in np.array_split(np.arange(len(points)), -(-len(points) // 20_000)):
-        near = points[index[rows]]
-        mean = near.mean(1)
-        near -= mean[:, None]
-        normal = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1][:, :, 0]
-        height = ((points[rows] - mean) * normal).sum(1, keepdims=True)
-        centers[rows], normals[rows] = points[rows] - height * normal, normal
+    for rows in np.array_split(np.arange(len(points)), -(-len(points) // 10_000)):
+        near = points[index[rows]] - points[rows, None]
+        height, normals[rows] = _tangents(near, distance[rows])
+        centers[rows] = points[rows] + height[:, None] * normals[rows]
     radii = distance[:, min(covered, count - 1)]
     return Disks(*(torch.from_numpy(part).to(cloud) for part in (centers, normals, radii)))
+
+
+def _tangents(near: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the line through 0 across the neighbours' plane meets their quadric, and its normals.
+
+    Args:
+        near: (n, k, d), the neighbours relative to their points.
+        distance: (n, k), ascending, how far they are.
+
+    Returns:
+        Heights (n,), along the normals (n, d), which are unit.
+    """
+    k, d = near.shape[1:]
+    reach = np.where(distance[:, -1:] > 0, distance[:, -1:], 1.0)
+    unit = near / reach[:, :, None]
+    offset = unit - unit.mean(1, keepdims=True)
+    axes = np.linalg.eigh(offset.transpose(0, 2, 1) @ offset)[1]
+    local = unit @ axes  # heights first
+    across = local[:, :, 1:]
+    terms = [np.ones((*across.shape[:2], 1)), across]
+    first, second = np.triu_indices(d - 1)
+    if k >= 2 * (d + len(first)):
+        terms.append(across[:, :, first] * across[:, :, second])
+    basis = np.concatenate(terms, 2)
+    weighted = basis * np.exp(-2 * (distance / reach) ** 2)[:, :, None]
+    # The ridge decides for the flattest where the neighbours leave a choice, as on one line.
+    square = weighted.transpose(0, 2, 1) @ basis + 1e-9 * np.eye(basis.shape[2])
+    found = np.linalg.solve(square, weighted.transpose(0, 2, 1) @ local[:, :, :1])[:, :, 0]
+    tilted = np.concatenate([np.ones((len(near), 1)), -found[:, 1:d]], 1)
+    normal = (axes @ tilted[:, :, None])[:, :, 0]
+    length = np.linalg.norm(normal, axis=1)
+    # The height at 0 is over the plane of the neighbours: along the tangent's normal it is less.
+    return found[:, 0] * reach[:, 0] / length, normal / length[:, None]
 
 
 class ReconstructionLoss(NamedTuple):

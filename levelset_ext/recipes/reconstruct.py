@@ -82,7 +82,7 @@ class ReconstructConfig:
     # d(x, X): to the nearest "points", or to the "disks" around them, see losses.fit_disks, whose
     # centers are then the x_j of the second sum too.
     distance: str = "points"
-    neighbours: int = 12  # of a disk
+    neighbours: int = 32  # of a disk
     # samples of one step
     projected: int = 512
     general: int = 1024
