@@ -228,6 +228,33 @@ def test_no_rows_and_mixed_dtypes():
     assert status.tolist() == [S.RUNNING] * 6
 
 
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+@pytest.mark.parametrize("d", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_pass_in_vectors_has_the_bits_of_the_row_math(dtype, d, variant):
+    n = 203  # several vectors and a rest
+    start, end = torch.randn(n, d, dtype=dtype), torch.randn(n, d, dtype=dtype)
+    values = torch.randn(n, 2, dtype=dtype)
+    values[:150, 1] = -values[:150, 0] * torch.rand(150, dtype=dtype)  # most are bracketed
+    values[5, 0], values[6, 1], values[7] = math.nan, math.inf, 1e-9
+    values[40], values[41] = torch.tensor([1e-300, -1e300]), torch.tensor([3e38, -3e38])
+    start[50], end[51, 0], end[52] = end[50], math.nan, start[52] + 1e-30
+    start[53, 0], end[54, -1] = end[53, 0], math.inf
+    for level in (torch.zeros(1, 1, dtype=dtype), 0.1 * torch.randn(n, 1, dtype=dtype)):
+        found = []
+        for index in (None, torch.arange(n)):  # with an index every row goes through the row math
+            points, status = torch.zeros(n, d, dtype=dtype), torch.ones(n, dtype=torch.int8)
+            status[100:103] = int(S.CONVERGED)
+            bracket = bracket_state(n)
+            rest = (start, end, values, level, index, 1e-6, variant, False)
+            raw(points, status, bracket, *rest)
+            found.append((points, status, torch.where((status == 1)[:, None], bracket, 0.0)))
+        assert (found[0][1] == int(S.RUNNING)).sum() > 100
+        assert torch.equal(found[0][1], found[1][1])
+        for a, b in zip(*found, strict=True):
+            assert same_bits(a, b)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("team", [0, 1, 2, 3])

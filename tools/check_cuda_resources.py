@@ -28,9 +28,9 @@ FLAGS = ["-O3", "-std=c++20", "--Werror", "all-warnings", "-Xptxas", "-v"]
 # Bytes that a kernel may keep on the stack around calls. The fused kernel calls its phases, each of
 # which has all registers, and so saves its two loop counters; the phases themselves may not spill.
 AROUND_CALLS = {"mlp_newton_tiles": 24}
-# Bytes, stores and loads, that those phases may spill all the same: a few addresses beside the 64 sums
-# and the halves of 3xTF32, on sm_80 and sm_100. With 512 columns a panel lasts for one step only, so
-# what copies the next one lives beside what multiplies.
+# Bytes, stores and loads, that those phases may spill all the same: a few addresses beside the 64
+# sums and the halves of 3xTF32, on sm_80 and sm_100. With 512 columns a panel lasts for one step
+# only, so what copies the next one lives beside what multiplies.
 IN_CALLS = {f"W={width}, 3xTF32": 64 for width in (64, 128, 256)} | {"W=512, 3xTF32": 160}
 PRODUCTS = {"1": "float32", "2": "3xTF32", "3": "bfloat16"}
 

@@ -31,31 +31,44 @@ inline unsigned move_short(const SegmentParams<S>& p, Columns d) {
   return leaves | (finite ? kFinite : 0);
 }
 
+// `row` takes the values in place i.
+template <typename S, typename Columns>
+inline void update_row(const BracketParams<S>& p, const VectorKernels<S>& kernels, std::int64_t i,
+                       std::int64_t row, Columns d) {
+  RowStatus status;
+  BracketSearch search = bracket_learn(p, i, row, status);
+  const BracketRow& now = search.row();
+  const SegmentParams<S> segment{d,
+                                 p.start + row * d,
+                                 p.end + row * d,
+                                 now.at,
+                                 {now.newest.at, now.contra.at},
+                                 p.points + row * d};
+  const bool is_short = d < kernels.lanes;
+  const unsigned moved = is_short ? move_short(segment, d) : kernels.move_on_segment(segment);
+  const unsigned wanted = status == RowStatus::kRunning ? kFinite | kLeavesBoth : kFinite;
+  if ((moved & wanted) != wanted) {
+    status = bracket_move<S, S>(SerialTeam{}, p, row, search, status, d);
+  }
+  p.bracket[row] = search.row();
+  p.status[row] = std::int8_t(status);
+}
+
 template <typename S, typename Columns>
 inline void update_rows(const BracketParams<S>& params, std::int64_t begin, std::int64_t end,
                         Columns d) {
   const BracketParams<S> p = params;  // a copy, see rows.cpp
   const VectorKernels<S>& kernels = vector_kernels<S>();
-  const bool is_short = d < kernels.lanes;
+  if (p.begins && !p.last && p.index == nullptr && (d == 2 || d == 3)) {
+    if (!kernels.begin_searches(p, begin, end)) return;
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (p.status[i] == kIrregularRow) update_row(p, kernels, i, i, d);
+    }
+    return;
+  }
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t row = bracket_row_of(p, i);
-    if (row < 0) continue;
-    RowStatus status;
-    BracketSearch search = bracket_learn(p, i, row, status);
-    const BracketRow& now = search.row();
-    const SegmentParams<S> segment{d,
-                                   p.start + row * d,
-                                   p.end + row * d,
-                                   now.at,
-                                   {now.newest.at, now.contra.at},
-                                   p.points + row * d};
-    const unsigned moved = is_short ? move_short(segment, d) : kernels.move_on_segment(segment);
-    const unsigned wanted = status == RowStatus::kRunning ? kFinite | kLeavesBoth : kFinite;
-    if ((moved & wanted) != wanted) {
-      status = bracket_move<S, S>(SerialTeam{}, p, row, search, status, d);
-    }
-    p.bracket[row] = search.row();
-    p.status[row] = std::int8_t(status);
+    if (row >= 0) update_row(p, kernels, i, row, d);
   }
 }
 

@@ -47,6 +47,9 @@ struct VectorKernels {
   // Writes the point of a segment at p.at, and compares it with those at p.ends, to the bit as
   // core/bracket_row.h does. Returns what is true of it.
   unsigned (*move_on_segment)(const SegmentParams<S>& p);
+  // The first pass of root searches of the rows [begin, end) with two or three columns, no index
+  // and another pass to come, to the bit as the row math has it. As above, rows may be marked.
+  bool (*begin_searches)(const BracketParams<S>& params, std::int64_t begin, std::int64_t end);
 };
 
 constexpr std::int8_t kIrregularRow = -1;

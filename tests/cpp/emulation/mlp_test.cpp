@@ -441,7 +441,7 @@ TEST(EmulatedMlp, ARowDependsNeitherOnTheOrderOfThreadsNorOnTheRowsBesideIt) {
   }
 }
 
-// The largest error of F and of D_xF, against double, in units of what check_numbers allows for 1.
+// The largest errors of F and of D_xF against double, relative to one more than their lengths.
 std::array<double, 2> errors(const Net& net, const Projection& run) {
   std::array<double, 2> worst{};
   const std::size_t d = std::size_t(net.d);
@@ -450,10 +450,13 @@ std::array<double, 2> errors(const Net& net, const Projection& run) {
                                 run.points.begin() + long((i + 1) * d));
     std::vector<double> values, jacobian;
     net.evaluate(x, values, jacobian);
-    worst[0] = std::max(worst[0], std::fabs(run.values[i] - values[0]) / (1 + length(values)));
+    const auto take = [](double& most, double error) {  // std::max would drop a NaN
+      most = std::isnan(error) ? HUGE_VAL : std::max(most, error);
+    };
+    take(worst[0], std::fabs(run.values[i] - values[0]) / (1 + length(values)));
     for (std::size_t j = 0; j < d; ++j) {
       const double error = std::fabs(run.jacobian[i * d + j] - jacobian[j]);
-      worst[1] = std::max(worst[1], error / (1 + length(jacobian)));
+      take(worst[1], error / (1 + length(jacobian)));
     }
   }
   return worst;
