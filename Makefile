@@ -90,13 +90,17 @@ build/cmake/benchmarks/cpp/kernels: build/cmake/CTestTestfile.cmake benchmarks/c
 bench-kernels: build/cmake/benchmarks/cpp/kernels build/setup.stamp  ## the CPU kernels without torch, by Google Benchmark
 	$(PYTHON) benchmarks/kernels.py --program $< --out benchmarks/results/bench/kernels.json
 
-.PHONY: docs wheel bench-kernels sanitize-ops tsan
+.PHONY: docs wheel wheels bench-kernels sanitize-ops tsan
 docs: build/setup.stamp            ## the documentation site, build/site/index.html; broken links fail
 	$(PYTHON) tools/install_missing.py requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
-wheel: build/setup.stamp           ## source distribution and wheel in dist/, tried in an environment of their own
+wheel: build/setup.stamp           ## source distribution and wheel in dist/, tried and tested in an environment of their own
 	$(PYTHON) tools/build_wheel.py
+
+wheels:                            ## both wheels, dist/cpu and dist/cu*: without CUDA kernels and with them
+	NO_CUDA=1 $(MAKE) wheel
+	FORCE_CUDA=1 $(MAKE) wheel
 
 .PHONY: results results-full
 RESULTS_DATA = $(foreach name,MNIST CIFAR SCANS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
