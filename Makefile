@@ -55,9 +55,11 @@ demo: build                        ## a synthetic raw scan becomes demo/mesh.ply
 test: build                        ## the Python tests, one process a core
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
 
-# One architecture: no test here runs its machine code, and cuda-check compiles for all.
+# Machine code for the GPU is compiled for one architecture and not optimised: no test here runs it,
+# and cuda-check compiles it as it is shipped.
 build/cmake/CTestTestfile.cmake: CMakeLists.txt csrc/sources.txt
-	TORCH_CUDA_ARCH_LIST=9.0 cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
+	TORCH_CUDA_ARCH_LIST=9.0 cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CUDA_FLAGS_RELEASE="-Xcicc -O0 -Xptxas -O0"
 
 test-cpp: build/cmake/CTestTestfile.cmake  ## the C++ tests: row math, and the CUDA kernels in emulation
 	cmake --build build/cmake
@@ -88,13 +90,17 @@ build/cmake/benchmarks/cpp/kernels: build/cmake/CTestTestfile.cmake benchmarks/c
 bench-kernels: build/cmake/benchmarks/cpp/kernels build/setup.stamp  ## the CPU kernels without torch, by Google Benchmark
 	$(PYTHON) benchmarks/kernels.py --program $< --out benchmarks/results/bench/kernels.json
 
-.PHONY: docs wheel bench-kernels
+.PHONY: docs wheel wheels bench-kernels sanitize-ops tsan
 docs: build/setup.stamp            ## the documentation site, build/site/index.html; broken links fail
 	$(PYTHON) tools/install_missing.py requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
-wheel: build/setup.stamp           ## source distribution and wheel in dist/, tried in an environment of their own
+wheel: build/setup.stamp           ## source distribution and wheel in dist/, tried and tested in an environment of their own
 	$(PYTHON) tools/build_wheel.py
+
+wheels:                            ## both wheels, dist/cpu and dist/cu*: without CUDA kernels and with them
+	NO_CUDA=1 $(MAKE) wheel
+	FORCE_CUDA=1 $(MAKE) wheel
 
 .PHONY: results results-full
 RESULTS_DATA = $(foreach name,MNIST CIFAR SCANS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
@@ -107,6 +113,7 @@ results-full: build                ## the same in the paper's settings, for a GP
 soak: build                        ## long fuzzing of ops and file readers, and kills of trainings; CASES=... of ops
 	status=0; counts=benchmarks/results/soak.json; \
 	$(PYTHON) tests/fuzz/fuzz_ops.py --cases $(CASES) --out $$counts || status=1; \
+	$(PYTHON) tests/fuzz/fuzz_geometry.py --cases $$(($(CASES) / 5)) --out $$counts || status=1; \
 	$(PYTHON) tests/fuzz/fuzz_readers.py --cases $$((10 * $(CASES))) --out $$counts || status=1; \
 	if $(PYTHON) -c "import atheris" 2> /dev/null; then \
 	  $(PYTHON) tests/fuzz/guided_readers.py --cases $$((2 * $(CASES))) --out $$counts || status=1; fi; \
@@ -115,6 +122,18 @@ soak: build                        ## long fuzzing of ops and file readers, and 
 
 sanitize: build/setup.stamp        ## the op tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(PYTHON) bash tools/sanitize.sh
+
+# Every op, dtype and layout, and the compiled fields without their two widest networks. Left out is
+# what takes long and runs no C++ code that the others do not: tracing, and each instruction set again.
+sanitize-ops: build/setup.stamp
+	PYTHON=$(PYTHON) bash tools/sanitize.sh -n auto tests/test_ops.py tests/test_ops_out.py \
+	  tests/test_bracket_op.py tests/test_compiled.py \
+	  -k "not opcheck and not compile_ and not every_instruction_set and not FC-"
+
+tsan:                              ## several threads in the CPU kernels, under the thread sanitizer
+	cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNO_CUDA=ON -DLEVELSET_SANITIZE=thread
+	cmake --build build/tsan --target threads_test
+	setarch -R build/tsan/tests/cpp/threads_test
 
 gpu-check:                         ## on a machine with a GPU: CUDA tests, sanitizers, benchmark tables
 	bash benchmarks/gpu_check.sh

@@ -55,7 +55,9 @@ def rival(logits: Tensor, labels: Tensor, *, check: bool = True) -> Tensor:
     logits, labels = _prepare(logits, labels, check)
     if logits.shape[1] == 1:
         return (labels <= 0).long()
-    return logits.detach().scatter(1, labels[:, None], float("-inf")).max(1).indices
+    found = logits.detach().scatter(1, labels[:, None], float("-inf")).max(1).indices
+    # Where the others are -inf, the label ties with them.
+    return torch.where(found == labels, (labels == 0).long(), found)
 
 
 def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

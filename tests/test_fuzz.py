@@ -9,9 +9,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 FOLDER = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FOLDER))
@@ -19,14 +22,20 @@ sys.path.insert(0, str(FOLDER))
 pytest.importorskip("hypothesis")
 
 import driver  # noqa: E402
+import fuzz_geometry  # noqa: E402
 import fuzz_ops  # noqa: E402
 import fuzz_readers  # noqa: E402
 import page  # noqa: E402
 
-from levelset_ext.data import read_points  # noqa: E402
+from levelset_ext.data import read_points, validate_cloud  # noqa: E402
 from levelset_ext.data.images import read_cifar_pickle  # noqa: E402
 from levelset_ext.data.meshes import read_ply  # noqa: E402
 from levelset_ext.errors import InputError  # noqa: E402
+from levelset_ext.geometry import (  # noqa: E402
+    compare_meshes,
+    estimate_coverage,
+    sample_level_set,
+)
 
 
 def no_failures(script, targets, cases):
@@ -42,6 +51,11 @@ def no_failures(script, targets, cases):
 def test_ops():
     outcome = no_failures("fuzz_ops.py", list(fuzz_ops.TARGETS), 24)
     assert sum(outcome.accepted.values()) > outcome.total() / 4  # most calls are no refusals
+
+
+def test_geometry():
+    outcome = no_failures("fuzz_geometry.py", list(fuzz_geometry.TARGETS), 12)
+    assert sum(outcome.accepted.values()) > outcome.total() / 5
 
 
 def test_readers():
@@ -161,3 +175,24 @@ def test_cifar_pickle_with_a_dtype_that_would_make_numpy_read_addresses(tmp_path
         file.write_bytes(whole.replace(b"X\x02\x00\x00\x00u1", b"X\x02\x00\x00\x00" + code))
         with pytest.raises(InputError, match=f"asks for an array of '{code.decode()}'"):
             read_cifar_pickle(file)
+
+
+def mesh(last, size):
+    """A triangle whose last corner has this number, in a space that is so large."""
+    return SimpleNamespace(vertices=size * np.eye(3), faces=np.array([[0, 1, last]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: validate_cloud(np.zeros((0, 3)), 0), "points: expected at least 1 points, got 0"),
+        (lambda: sample_level_set(nn.Linear(2, 1), 3, (torch.zeros(2), torch.inf)), "box: expect"),
+        (lambda: estimate_coverage(nn.Linear(2, 1), torch.full((3, 2), torch.nan)), "points: exp"),
+        (lambda: estimate_coverage(nn.Linear(0, 1), torch.zeros(3, 0)), "points: expected"),
+        (lambda: compare_meshes(mesh(3, 1.0), mesh(2, 1.0)), "mesh: expected faces of its 3"),
+        (lambda: compare_meshes(mesh(2, 1.0), mesh(2, np.nan)), "truth: expected finite"),
+    ],
+)
+def test_clouds_boxes_and_meshes_that_cannot_be_used_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

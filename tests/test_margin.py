@@ -75,3 +75,13 @@ def test_no_rows() -> None:
 def test_bad_input(logits: torch.Tensor, labels: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         margin(logits, labels)
+
+
+def test_the_rival_is_another_class_even_where_the_others_are_infinitely_small() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, -torch.inf], [-torch.inf, -torch.inf, 1.0]])
+    assert rival(logits, torch.tensor([0, 2])).tolist() == [1, 0]
+
+
+def test_no_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits: expected shape \(n, K\)"):
+        prediction(torch.zeros(3, 0))

@@ -121,9 +121,13 @@ PACKAGES = {"loky": "joblib", "dask": "distributed", "ray": "ray"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_processes_that_die_take_no_other_along(engine: str, tmp_path: Path) -> None:
+def test_processes_that_die_take_no_other_along(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two processes: one run ends its process, one raises, two are good."""
     pytest.importorskip(PACKAGES[engine])
+    here = Path(__file__).parent  # where a process of Ray finds `work`
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}")
     kinds = ("good", "dies", "raises", "better")
     tasks = {kind: partial(work, tmp_path, kind) for kind in kinds}
     found: dict[str, dict[str, Any]] = {}

@@ -1,8 +1,8 @@
 """Builds the source distribution and, from it alone, a wheel; installs that into a new environment
-and uses it there.
+and uses and tests it there.
 
     python tools/build_wheel.py                # dist/*.tar.gz, dist/cpu/*.whl or dist/cu130/*.whl
-    python tools/build_wheel.py --check FILE   # only the last step, of a wheel that is there
+    python tools/build_wheel.py --check FILE   # only the last steps, of a wheel that is there
 
 CUDA kernels are in if setup.py finds a toolkit; CUDA_HOME, NO_CUDA=1, FORCE_CUDA=1 and
 TORCH_CUDA_ARCH_LIST decide as they do there. The wheel's tags are those of this Python and platform
@@ -35,6 +35,8 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 ONLY_IN_GIT = re.compile(r"\.(ci|github)/|\.gitignore$|\.clang-format$")
 # C++ names of torch (namespaces c10, at, torch) as the linker sees them; they change with versions.
 TORCH_CXX = re.compile(r"\b_Z(?:NK?|T[VIS]N)(?:3c10|2at|5torch)\d\w*")
+
+OP_TESTS = ("test_ops.py", "test_ops_out.py", "test_bracket_op.py")
 
 USE = """
 import json, sys
@@ -174,6 +176,23 @@ def install_and_use(wheel: Path, folder: Path) -> dict[str, object]:
     return dict(found)
 
 
+def test_ops(folder: Path) -> str:
+    """Runs the op tests of this checkout against the package of the environment in ``folder``.
+
+    Returns:
+        The last line of pytest.
+    """
+    files = [str(ROOT / "tests" / name) for name in OP_TESTS]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    python = str(folder / "bin" / "python")
+    # That the tests see this package and not the checkout's is part of the run.
+    where = "import levelset_ext, sys; assert levelset_ext.__file__.startswith(sys.prefix); "
+    code = where + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    said = run([python, "-c", code, *options, *files], cwd=folder, env=env)
+    return said.strip().splitlines()[-1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist", metavar="DIR")
@@ -204,6 +223,8 @@ def main() -> int:
             cuda = built["cuda_toolkit"] if built["cuda"] else None
             kind = "CPU" if cuda is None else f"CPU and CUDA {cuda}"
             say(f"installed and used with torch {built['torch']}: {kind}")
+            if (ROOT / "tests").is_dir():
+                say(f"op tests against it: {test_ops(work / 'env')}")
             if args.check is None:
                 flavour = "cpu" if cuda is None else "cu" + str(cuda).replace(".", "")
                 (args.out / flavour).mkdir(exist_ok=True)

@@ -220,8 +220,10 @@ def _corners(box: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
 
 def _samples(points: Tensor) -> Tensor:
     points = points.detach()
-    if points.dim() != 2 or len(points) < 2:
-        raise ValueError(f"points: expected (n, d) with n >= 2, got {tuple(points.shape)}")
+    if points.dim() != 2 or len(points) < 2 or points.shape[1] < 1:
+        raise ValueError(f"points: expected (n, d), n >= 2, d >= 1, got {tuple(points.shape)}")
+    if not bool(torch.isfinite(points).all()):
+        raise ValueError("points: expected finite numbers, got NaN or infinity")
     return points
 
 

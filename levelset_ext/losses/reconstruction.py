@@ -62,8 +62,10 @@ def fit_disks(cloud: Tensor, neighbours: int = 32, covered: int = 4) -> Disks:
         ValueError: ``cloud`` has no points or one that is not finite, ``neighbours`` is below d,
             ``covered`` below 1 or not below ``neighbours``.
     """
-    if cloud.dim() != 2 or 0 in cloud.shape or not bool(torch.isfinite(cloud).all()):
+    if cloud.dim() != 2 or 0 in cloud.shape:
         raise ValueError(f"cloud: expected finite points (N, d), got {tuple(cloud.shape)}")
+    if not bool((cloud.double().abs() < 1e150).all()):  # the square of a distance is a number
+        raise ValueError("cloud: expected finite points (N, d), below 1e150")
     d = cloud.shape[1]
     if neighbours < d:
         raise ValueError(f"neighbours: expected at least d = {d}, got {neighbours}")

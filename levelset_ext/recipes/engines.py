@@ -230,8 +230,8 @@ def _ray(jobs: int, address: str | None) -> Iterator[Start]:
                 yield names[first], ray.get(first)
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
                 yield names[first], None
-            except ray.exceptions.RayError as error:
-                yield names[first], _broken(f"{type(error).__name__}: {error}")
+            except ray.exceptions.RayError as error:  # it quotes a traceback, whose end says what
+                yield names[first], _broken(str(error).splitlines()[-1])
 
     try:
         yield start

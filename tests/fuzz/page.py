@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- soak -->\n", "<!-- end of soak -->\n"
 WHAT = {
     "fuzz_ops": "random calls of ops, samplers and losses",
+    "fuzz_geometry": "random calls of geometry, data, margins and attacks",
     "fuzz_readers": "mutated files",
     "guided_readers": "mutated files, by the branches they reach",
     "kill_runs": "kills of a training",
