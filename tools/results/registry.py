@@ -99,7 +99,8 @@ _OTHERS = ("trades", "mma", "llr", "large-margin", "standard")  # the presets of
 _EQUAL_MNIST = " ".join(
     [
         "--data $MNIST --rows 200 --methods ours,madry,trades,mma,llr,large-margin,standard",
-        "--set ours.epochs=2.24 --set madry.epochs=0.97 --set trades.epochs=0.81",
+        "--set ours.epochs=2.24 --set ours.shift=0 --set ours.iters=2 --set ours.step_last=null",
+        "--set madry.epochs=0.97 --set trades.epochs=0.81",
         "--set mma.epochs=0.85 --set llr.epochs=0.71 --set large-margin.epochs=1.73",
         "--set standard.epochs=8",
         *(f"--set {name}.autocast=true --set {name}.ema=0.998" for name in _OTHERS),
