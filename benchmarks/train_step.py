@@ -1,7 +1,7 @@
 """What one step of robust training costs: Eq. 12 with its sampling phase against a plain step.
 
     python benchmarks/train_step.py --data DIR [--checkpoint FILE] [--pairs 7] [--threads 1]
-        [--json FILE]
+        [--set NAME=VALUE] [--json FILE]
 
 All steps are whole steps of the same network (ConvNet-4a, or that of the checkpoint) on the same
 batch of 128 training images: loss, backward, Adam. Per case:
@@ -13,9 +13,10 @@ batch of 128 training images: loss, backward, Adam. Per case:
                below. Rows that leave the search early can.
 
 Cases: "paper", Section 3.2 with 40 steps in float32, and "fast", the preset of ``levelset-ext train
-robust``. The three are timed in turns, in seconds of processor time, and the ratio of every turn
-is taken by itself. Before that, boundary points are searched and their |margin| checked. How many
-rows a search keeps busy depends on the network, so a trained one should be given.
+robust`` with what --set changes. The three are timed in turns, in seconds of processor time, and
+the ratio of every turn is taken by itself. Before that, boundary points are searched and their
+|margin| checked. How many rows a search keeps busy depends on the network, so a trained one should
+be given.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from levelset_ext.data.images import load_images
 from levelset_ext.objectives import CrossEntropy, Objective, Robust
 from levelset_ext.objectives.common import search_logits
 from levelset_ext.recipes.classifiers import load_classifier
+from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.train_presets import preset
 
 BATCH = 128
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="of levelset-ext train")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -120,7 +123,7 @@ def main() -> None:
     data = load_images(args.data, "train", 4 * BATCH)
     x, y = data.images[:BATCH], data.labels[:BATCH]
     x = x.contiguous(memory_format=torch.channels_last)
-    fast = preset("robust", data)
+    fast = preset("robust", data, settings=parse_settings(args.set))
     if args.checkpoint is None:
         network: nn.Module = ls.networks.build(fast.network, **fast.options)
     else:

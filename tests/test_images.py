@@ -22,6 +22,7 @@ from levelset_ext.data.images import (
     merge_labels,
     read_cifar_pickle,
     read_idx,
+    rolled,
 )
 from levelset_ext.errors import InputError
 
@@ -226,6 +227,21 @@ def test_fraction_is_balanced_nested_and_deterministic() -> None:
     assert len(fraction(labels, 1e-9)) == 10
     with pytest.raises(ValueError, match="share: expected 0 < share <= 1, got 0"):
         fraction(labels, 0)
+
+
+def test_rolling_moves_every_image_its_own_way_and_back() -> None:
+    x = torch.zeros(3, 2, 5, 4, dtype=torch.float64)
+    x[:, :, 1, 2] = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    moves = torch.tensor([[0, 0], [2, -1], [-2, 3]])
+    out = rolled(x, moves)
+    for image, (row, column) in enumerate([(1, 2), (3, 1), (4, 1)]):
+        assert torch.equal(out[image, :, row, column], x[image, :, 1, 2])
+        assert int((out[image] != 0).sum()) == 2
+    x = torch.rand(6, 1, 7, 7)
+    moves = torch.randint(-9, 10, (6, 2))
+    assert torch.equal(rolled(rolled(x, moves), -moves), x)
+    with pytest.raises(ValueError, match=r"moves: expected \(n, 2\) integers"):
+        rolled(x, moves[:5])
 
 
 def test_augmentation_shifts_and_mirrors() -> None:

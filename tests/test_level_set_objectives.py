@@ -248,6 +248,21 @@ def test_a_warm_start_goes_on_where_the_last_visit_ended(search: str) -> None:
     assert 0.4 < float(share) < 0.6
 
 
+def test_steps_shrink_to_the_last_and_grow_with_the_box() -> None:
+    net, x, y = problem()
+    x = torch.full_like(x, 0.5)
+    y = torch.ones_like(y)
+    objective = Robust(
+        eps_correct=0.4, eps_first=0.0, warmup=0.5, step=0.1, step_last=0.025, iters=3,
+        search="xent", warm_start=1.0,
+    )  # fmt: skip
+    for progress, box in ((0.25, 0.5), (1.0, 1.0)):
+        step = objective(net, x, y, offsets=torch.zeros_like(x), progress=progress)
+        assert step.offsets is not None
+        expected = -box * (0.1 + 0.05 + 0.025) * net.w.detach().sign()
+        torch.testing.assert_close(step.offsets, expected.expand_as(x))
+
+
 @BOTH
 def test_the_box_grows_and_nothing_of_the_network_changes(search: str) -> None:
     net, x, y = convolutional()
@@ -304,7 +319,7 @@ def test_eq_11_grows_its_lambda_over_a_share_of_the_training() -> None:
         ({"search": "pgd"}, "search: expected"),
         ({"eps_correct": -0.1}, "eps_correct"),
         ({"step": 0.0}, "step"),
-        ({"search": "xent", "step_last": 0.1}, "step_last: expected None with search .xent."),
+        ({"search": "xent", "step_last": 0.0}, "step_last: expected a finite number > 0"),
         ({"iters": -1}, "iters"),
         ({"warm_start": 1.5}, "warm_start"),
         ({"lost": -1.0}, "lost"),

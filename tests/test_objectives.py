@@ -155,6 +155,15 @@ def test_madry_on_an_affine_binary_network_is_exact(attack: str, logits: int) ->
             torch.testing.assert_close(a, b)
 
 
+def test_madry_with_steps_that_shrink() -> None:
+    one, x, y, sign = binary()
+    start = torch.zeros_like(x)
+    objective = Madry(0.5, 0.04, 3, warm_start=1.0, step_last=0.01)
+    step = objective(one, x, y, offsets=start)
+    moved = (0.04 + 0.02 + 0.01) * one.weight.abs().sum()
+    torch.testing.assert_close(step.loss, functional.softplus(moved - sign * one(x)).mean())
+
+
 def test_trades_without_weight_is_cross_entropy() -> None:
     net, (x, y) = Recording(), batch()
     step = Trades(0.0, 0.1, 0.03, 3)(net, x, y)
@@ -533,7 +542,7 @@ def test_it_describes_itself(name: str) -> None:
     objective = OBJECTIVES[name][0]
     fields = dataclasses.asdict(objective)
     assert type(objective)(**fields) == objective
-    assert all(isinstance(v, int | float | str) for v in fields.values())
+    assert all(isinstance(v, int | float | str | None) for v in fields.values())
     with pytest.raises(dataclasses.FrozenInstanceError):
         objective.eps = 1.0
 
@@ -558,6 +567,7 @@ def test_images_outside_the_box(name: str) -> None:
     [
         (lambda: Madry(eps=-0.1), "eps: expected a finite number >= 0, got -0.1"),
         (lambda: Madry(step=0.0), "step: expected a finite number > 0"),
+        (lambda: Madry(step_last=-0.1), "step_last: expected a finite number > 0"),
         (lambda: Madry(iters=0), "iters: expected an integer >= 1"),
         (lambda: Madry(iters=2.0), "iters: expected an integer >= 1"),
         (lambda: Madry(attack="slm"), "attack: expected one of xent, margin, got 'slm'"),

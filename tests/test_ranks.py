@@ -134,7 +134,7 @@ def classifier_steps(ranks: Ranks, objective: str) -> dict[str, Any]:
     config = small(objective, 5, network="convnet-2a")
     if objective == "madry":
         settings = {**SHORT["madry"], "warm_start": 0.5}
-        config = replace(config, settings=settings, clip_norm=0.5, batch=25)
+        config = replace(config, settings=settings, clip_norm=0.5, batch=25, shift=1)
     training = Training(data, config, ranks=ranks)
     losses = [training.advance()["loss"] for _ in range(5)]
     state = {k: v for k, v in training.state().items() if k not in ("guard", "history")}

@@ -184,7 +184,7 @@ def test_goes_on_where_it_was_interrupted(
     name, _, warm = objective.partition(", ")
     config = replace(small(name), augment=not warm, held_out=0.1)
     if warm:
-        config = replace(config, settings={**config.settings, **WARM}, autocast=True)
+        config = replace(config, settings={**config.settings, **WARM}, autocast=True, shift=1)
     recipe.train(digits(), digits("test", 20), tmp_path / "whole", config)
 
     advance, steps = recipe.Training.advance, []
@@ -264,6 +264,29 @@ def test_a_warm_start_hands_every_row_its_own_offsets() -> None:
     assert recipe.Training(digits(), small("robust")).offsets is None
 
 
+def test_the_offsets_of_warm_starts_move_with_their_images() -> None:
+    """The search is a stand-in that leaves behind what it was handed plus the image: had one of the
+    two moved without the other, offsets and images would not match any more."""
+    config = small("robust")
+    config = replace(config, settings={**config.settings, **WARM, "warm_start": 1.0}, shift=2)
+    training = recipe.Training(digits(), config)
+    seen = []
+
+    def search(network: Any, x: torch.Tensor, *_: Any, offsets: torch.Tensor, **__: Any) -> Step:
+        seen.append(x)
+        loss = sum(p.sum() for p in network.parameters()) * 0.0
+        return Step(loss, {}, offsets + x)
+
+    training.objective = search
+    for _ in range(2 * training.steps_per_epoch):
+        training.advance()
+    assert training.offsets is not None
+    assert torch.equal(training.offsets.float(), 2 * training.images)
+    assert not torch.equal(seen[-1], training.images[training.order[-len(seen[-1]) :]])
+    with pytest.raises(InputError, match="shift: expected a number of pixels >= 0, got -1"):
+        replace(config, shift=-1)
+
+
 def test_an_epoch_uses_every_row_once_in_even_batches() -> None:
     training = recipe.Training(digits(rows=50), small("cross-entropy"))
     assert training.steps_per_epoch == 3
@@ -271,7 +294,7 @@ def test_an_epoch_uses_every_row_once_in_even_batches() -> None:
     for seen in (first, second):
         for step in range(3):
             training.step = step
-            x, _, _ = training.next_batch()
+            x, *_ = training.next_batch()
             assert len(x) in (16, 17)
             seen.append(x)
     a, b = torch.cat(first), torch.cat(second)
@@ -478,6 +501,17 @@ def test_paper_presets_are_the_paper() -> None:
     config = recipe.preset("robust", cifar, "paper")
     assert (config.network, config.lr, config.augment) == ("convnet-4b", 3e-4, True)
     assert (config.settings["warmup"], config.settings["lam_correct"]) == (0.25, 11)
+
+
+def test_the_long_robust_training_shifts_and_shrinks_its_steps_and_no_other() -> None:
+    def fast(name: str, side: int) -> tuple[int, float, int, float | None]:
+        images = Images(torch.empty(0, 1, side, side), torch.empty(0).long(), name)
+        config = recipe.preset("robust", images)
+        own = config.settings
+        return config.shift, config.epochs, own["iters"], own["step_last"]
+
+    assert fast("mnist", 28) == (2, 26, 3, 0.02)
+    assert fast("digits", 8) == (0, 60, 2, None)
 
 
 def test_settings_reach_objective_and_training() -> None:

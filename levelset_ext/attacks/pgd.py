@@ -202,7 +202,11 @@ def multi_targeted(
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a PGD attack, see :func:`pgd`."""
+    """The numbers of a PGD attack, see :func:`pgd`.
+
+    step_last: of :func:`climb` alone: the length of the last step, to which the lengths go
+    geometrically from ``step``; None keeps all alike.
+    """
 
     eps: float
     step: float
@@ -210,6 +214,13 @@ class Settings:
     restarts: int = 1
     seed: int = 0
     norm: str = "linf"
+    step_last: float | None = None
+
+    def length(self, iteration: int) -> float:
+        """Of the step with this number, from 0."""
+        if self.step_last is None or self.iters < 2:
+            return self.step
+        return self.step * (self.step_last / self.step) ** (iteration / (self.iters - 1))
 
 
 def _numbers(rows: Sequence[int] | None, x: Tensor) -> Sequence[int]:
@@ -363,7 +374,7 @@ def _ascend(
                 targets = None if targets is None else targets[right]
                 if len(x) == 0:
                     return points, broke
-            delta = _moved(x, delta, gradient, settings)
+            delta = _moved(x, delta, gradient, settings, settings.step)
     else:
         delta = climb(lambda offset: objective(logits(x + offset), y, targets), x, delta, settings)
     last = (x + delta).clamp_(0, 1)
@@ -388,26 +399,32 @@ def climb(
         value: offsets (n, *event) -> (n,), what every row increases; differentiable.
         x: (n, *event), the centres of the balls.
         delta: (n, *event), the offsets to start from.
-        settings: eps, step, iters and norm are used.
+        settings: eps, step, step_last, iters and norm are used.
         clip: whether x + delta stays in [0, 1].
 
     Returns:
         The offsets after the last step, detached; ``value`` has not been evaluated at them.
     """
     delta = (x + delta).clamp_(0, 1).sub_(x) if clip else delta.detach().clone()
-    for _ in range(settings.iters):
+    for iteration in range(settings.iters):
         with torch.enable_grad():
             delta.requires_grad_()
             gradient = input_gradient(value(delta), delta)
-        delta = _moved(x, delta.detach(), gradient, settings, clip)
+        step = settings.length(iteration)
+        delta = _moved(x, delta.detach(), gradient, settings, step, clip)
     return delta
 
 
 def _moved(
-    x: Tensor, delta: Tensor, gradient: Tensor, settings: Settings, clip: bool = True
+    x: Tensor,
+    delta: Tensor,
+    gradient: Tensor,
+    settings: Settings,
+    step: float,
+    clip: bool = True,
 ) -> Tensor:
-    """The offsets after one step."""
-    eps, step = settings.eps, settings.step
+    """The offsets after one step of this length."""
+    eps = settings.eps
     if settings.norm == "linf":
         # sign(NaN) is 0.
         delta = torch.sign(gradient).mul_(step).add_(delta).clamp_(-eps, eps)

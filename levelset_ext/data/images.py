@@ -42,6 +42,7 @@ __all__ = [
     "read_cifar_binary",
     "read_cifar_pickle",
     "read_idx",
+    "rolled",
 ]
 
 SPLITS = ("train", "test")
@@ -462,3 +463,30 @@ def augment_cifar(x: Tensor, generator: torch.Generator | None = None, *, pad: i
     image = torch.arange(n, device=x.device)[:, None, None, None]
     channel = torch.arange(c, device=x.device)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def rolled(x: Tensor, moves: Tensor) -> Tensor:
+    """Every image moved round and round: what leaves at one side comes in at the other.
+
+    Nothing is lost, so ``rolled(rolled(x, moves), -moves)`` is x, bit for bit. Where the border of
+    the images is empty, as MNIST's is, a short roll is a shift.
+
+    Args:
+        x: (n, c, h, w).
+        moves: (n, 2) integers: pixels down and to the right.
+
+    Returns:
+        New tensor of the shape, dtype and device of x.
+    """
+    if x.dim() != 4 or moves.shape != (len(x), 2):
+        raise ValueError(
+            "moves: expected (n, 2) integers for images (n, c, h, w), got shapes "
+            f"{tuple(moves.shape)} and {tuple(x.shape)}"
+        )
+    n, c, h, w = x.shape
+    moves = moves.to(x.device)
+    rows = (torch.arange(h, device=x.device) - moves[:, :1]) % h
+    columns = (torch.arange(w, device=x.device) - moves[:, 1:]) % w
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(c, device=x.device)[None, :, None, None]
+    return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -44,7 +44,8 @@ class Madry:
     The attack starts at a uniformly random point of the L_inf box around x and takes all its steps;
     the loss is that of its last iterate. Cost: iters + 1 forwards and backwards.
 
-    eps: half the width of the box. step, iters: of PGD. attack: what PGD increases, "xent" or
+    eps: half the width of the box. step, iters: of PGD. step_last: length of the last step, to
+    which the others fall geometrically; None keeps all alike. attack: what PGD increases, "xent" or
     "margin" (-F^y). warmup: see above. warm_start: share of the examples whose attack goes on from
     where that of the last visit ended.
 
@@ -57,12 +58,13 @@ class Madry:
     attack: str = "xent"
     warmup: float = 0.0
     warm_start: float = 0.0
+    step_last: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(
             self,
             not_negative=("eps",),
-            positive=("step",),
+            positive=("step",) if self.step_last is None else ("step", "step_last"),
             counts=("iters",),
             shares=("warmup", "warm_start"),
             attack=("xent", "margin"),
@@ -279,7 +281,10 @@ class MMA:
 def _settings(objective: Madry | Trades | MMA, eps: float, progress: float) -> Settings:
     now = grown(eps, objective.warmup, progress)
     step = grown(objective.step, objective.warmup, progress)
-    return Settings(now, step, objective.iters if now > 0 else 0)
+    last = getattr(objective, "step_last", None)
+    if last is not None:
+        last = grown(last, objective.warmup, progress)
+    return Settings(now, step, objective.iters if now > 0 else 0, step_last=last)
 
 
 def _divergence(there: Tensor, here: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Robust:
 
     eps_correct, eps_wrong, step, iters, step_last, step_eps, keep_below, max_iters, tol: of
     :func:`levelset_ext.find_boundary`. eps_first, warmup: eps_correct grows linearly from
-    ``eps_first`` over that share of the training; ``step`` in proportion with "xent". lam_correct,
+    ``eps_first`` over that share of the training; steps in proportion with "xent". lam_correct,
     lam_wrong, distance: of :func:`levelset_ext.losses.robust`. warm_start: share of the examples
     whose steps go on from where those of the last visit ended.
 
@@ -156,11 +156,8 @@ class Robust:
             distance=DISTANCES,
             search=("margin", "xent"),
         )
-        if self.step_last is not None and self.search != "margin":
-            raise ValueError(
-                "step_last: expected None with search 'xent', whose steps are all alike, got "
-                f"{self.step_last!r}"
-            )
+        if self.step_last is not None:
+            check_fields(self, positive=("step_last",))
 
     def __call__(
         self,
@@ -231,12 +228,13 @@ class Robust:
         if start is None:
             start = uniform_start(x, eps, generator)
         quiet = search_logits(field, y)
-        step = self.step * eps / self.eps_correct if self.eps_correct > 0 else self.step
+        grown = eps / self.eps_correct if self.eps_correct > 0 else 1.0
+        last = None if self.step_last is None else self.step_last * grown
         delta = climb(
             lambda d: functional.cross_entropy(quiet(x + d), y, reduction="none"),
             x,
             start,
-            Settings(eps, step, self.iters),
+            Settings(eps, self.step * grown, self.iters, step_last=last),
         )
         ends = (x + delta).clamp_(0, 1)
         logits = as_classes(field(ends.clone()), len(x))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from levelset_ext.data.images import Images, augment_cifar
+from levelset_ext.data.images import Images, augment_cifar, rolled
 from levelset_ext.errors import InputError
 from levelset_ext.field import evaluation_copy
 from levelset_ext.margin import margin
@@ -68,6 +68,9 @@ class TrainConfig:
     # checkpoint; 0 for none. In the first steps it is (1 + step) / (10 + step).
     ema: float = 0.0
     augment: bool = False  # shifts by up to 4 pixels, mirrored half of the time
+    # Pixels by which an image moves at most, up or down and to a side, anew at every visit; what
+    # leaves comes in at the other side. The searches of warm starts move along.
+    shift: int = 0
     held_out: float = 0.0  # share of the training rows to validate on; 0 validates on the test rows
     # Weights and images in the order in which convolutions on a CPU are fastest.
     channels_last: bool = True
@@ -89,6 +92,8 @@ class TrainConfig:
         for name in ("batch", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.shift < 0:
+            raise InputError(f"shift: expected a number of pixels >= 0, got {self.shift}")
         if self.steps < 0 or (self.steps == 0 and not 0 < self.epochs < math.inf):
             what = ("steps", self.steps) if self.steps else ("epochs", self.epochs)
             raise InputError(f"{what[0]}: expected a number > 0, got {what[1]}")
@@ -264,8 +269,9 @@ class Training:
             return config.lr * 0.5 ** sum(done >= share for share in config.halve_at)
         return config.lr
 
-    def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and row numbers of the step that comes next, of all processes."""
+    def next_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Images, labels and row numbers of the step that comes next, of all processes, and by how
+        much the images were rolled, (n, 2), if they are."""
         rows, at = len(self.labels), self.step % self.steps_per_epoch
         if at == 0:
             self.order = torch.randperm(rows, generator=self.generator)
@@ -274,9 +280,15 @@ class Training:
         x, y = self.images[chosen], self.labels[chosen]
         if self.config.augment:
             x = augment_cifar(x, self.generator)
+        moves: Tensor | None = None
+        if self.config.shift:
+            moves = torch.randint(
+                -self.config.shift, self.config.shift + 1, (len(x), 2), generator=self.generator
+            ).to(self.device)
+            x = rolled(x, moves)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return x, y, chosen
+        return x, y, chosen, moves
 
     def advance(self) -> dict[str, float]:
         """One step; returns its figures, which also go into the history.
@@ -286,14 +298,16 @@ class Training:
         """
         began = time.monotonic()
         self.guard.begin(self.step)
-        x, y, rows = self.next_batch()
+        x, y, rows, moves = self.next_batch()
         count, own = len(y), self.ranks.share(len(y))
         share = (own.stop - own.start) / count
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.network.train()
-        found = self._objective(x[own], y[own], rows[own], count)
+        found = self._objective(
+            x[own], y[own], rows[own], count, None if moves is None else moves[own]
+        )
         self.optimizer.zero_grad(set_to_none=True)
         # Objectives are means over rows, so those of all rows are weighted means of the shares.
         (loss,) = self.ranks.total(share * float(found.loss.detach()))
@@ -334,12 +348,15 @@ class Training:
             name: _mean([(w, own[name]) for w, own in everyone if name in own]) for name in names
         }
 
-    def _objective(self, x: Tensor, y: Tensor, rows: Tensor, count: int) -> Step:
+    def _objective(
+        self, x: Tensor, y: Tensor, rows: Tensor, count: int, moves: Tensor | None
+    ) -> Step:
         """The objective on the rows of this process out of a batch of ``count``, with what it left
-        behind for these rows."""
+        behind for these rows, rolled as the images are."""
         more: dict[str, Any] = {}
         if self.offsets is not None:
-            more["offsets"] = self.offsets[rows].to(x.dtype)
+            kept = self.offsets[rows].to(x.dtype)
+            more["offsets"] = kept if moves is None else rolled(kept, moves)
         alone = self.ranks.size == 1
         draws = nullcontext() if alone else WholeDraws(self.ranks, self.generator, count)
         with draws, torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
@@ -352,7 +369,8 @@ class Training:
                 **more,
             )
         if self.offsets is not None and found.offsets is not None:
-            ends = found.offsets.to(self.offsets.dtype)
+            ends = found.offsets if moves is None else rolled(found.offsets, -moves)
+            ends = ends.to(self.offsets.dtype)
             for some, there in self.ranks.gather((rows, ends)):
                 self.offsets[some.to(self.device)] = there.to(self.device)
         return found
