@@ -65,8 +65,8 @@ test-cpp: build/cmake/CTestTestfile.cmake  ## the C++ tests: row math, and the C
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure --parallel $$(nproc)
 
-cuda-check: build/setup.stamp      ## compile the kernels with warnings as errors; registers and spills
-	$(PYTHON) tools/check_cuda_resources.py
+cuda-check: build/setup.stamp      ## compile the kernels with warnings as errors; registers and spills; ARCH=sm_90
+	$(PYTHON) tools/check_cuda_resources.py $(ARCH:%=--arch %)
 
 lint: build/setup.stamp            ## formatting and lint
 	$(PYTHON) -m ruff check .
