@@ -66,7 +66,7 @@ test-cpp: build/cmake/CTestTestfile.cmake  ## the C++ tests: row math, and the C
 	ctest --test-dir build/cmake --output-on-failure --parallel $$(nproc)
 
 cuda-check: build/setup.stamp      ## compile the kernels with warnings as errors; registers and spills; ARCH=sm_90
-	$(PYTHON) tools/check_cuda_resources.py $(ARCH:%=--arch %)
+	$(PYTHON) tools/check_cuda_resources.py $(if $(ARCH),--arch $(ARCH))
 
 lint: build/setup.stamp            ## formatting and lint
 	$(PYTHON) -m ruff check .
