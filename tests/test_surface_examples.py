@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python_examples"))
 
 import _surfaces
+import close_ups
 import figure_a2_levels
 import surface_table
 from _surfaces import Budget
@@ -332,3 +333,26 @@ def test_figure_a2_of_a_run(scans: Path, tmp_path: Path) -> None:
     assert 0.7 < float(bands[-1]["ratio_50"]) < 1.3
     assert float(bands[-1]["signs_agree"]) > 0.95
     assert (tmp_path / "out" / "figure_a2_levels.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_close_ups_look_at_what_is_thin_and_what_is_bent() -> None:
+    plate = trimesh.creation.box((1.0, 1.0, 0.02)).subdivide().subdivide()
+    ball = trimesh.creation.icosphere(4, 0.5)
+    ball.apply_translation((3.0, 0.0, 0.0))
+    truth = trimesh.util.concatenate([plate, ball])
+    first, _, crease = close_ups.places(truth, np.random.default_rng(0))
+    assert (first.kind, crease.kind) == ("thin", "crease")
+    assert abs(first.center[0]) <= 0.5  # on the plate, not on the ball
+    assert np.abs(crease.center[:2]).max() > 0.4  # near its border
+
+
+def test_close_ups_measure_a_known_gap() -> None:
+    truth, mesh = trimesh.creation.icosphere(5, 1.0), trimesh.creation.icosphere(5, 1.02)
+    diagonal = float(np.linalg.norm(truth.extents))
+    place = close_ups.Place("thin", np.array([0.0, 0.0, 1.0]), close_ups.RADIUS * diagonal)
+    found = close_ups.distances(mesh, truth, place, 0)
+    for name in ("truth_to_mesh", "mesh_to_truth"):
+        assert found[name] == pytest.approx(0.02 / diagonal, rel=0.02)
+    far = mesh.copy()
+    far.apply_translation((0.0, 0.0, 9.0))
+    assert close_ups.distances(far, truth, place, 0)["truth_to_mesh"] is None
