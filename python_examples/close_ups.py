@@ -25,9 +25,8 @@ import _surfaces
 import numpy as np
 import trimesh
 from _shared import Run, arguments, command
-from PIL import Image, ImageDraw, ImageFont
 from scipy.spatial import cKDTree
-from surface_table import BAND, PANEL, SCALE, Scan, View, read_scans, save_image, words
+from surface_table import Scan, View, captioned, read_scans, save_image, words
 
 from levelset_ext._load import build_info
 from levelset_ext.data.meshes import read_mesh
@@ -139,17 +138,9 @@ def poisson(scan: Scan, depth: int) -> dict[str, Any]:
 def panels(caption: str, view: View, place: Place, meshes: dict[str, Any]) -> np.ndarray:
     """(BAND + PANEL, meshes PANEL, 3): a place of each mesh under its name."""
     parts = [place.part(mesh, 3.0) for mesh in meshes.values()]
-    shown = np.concatenate(
-        [view.mesh(np.asarray(part.vertices), np.asarray(part.faces), True) for part in parts], 1
-    )
-    shown = shown.reshape(PANEL, SCALE, -1, SCALE, 3).mean((1, 3))
-    shown = np.concatenate([np.ones((BAND, shown.shape[1], 3)), shown])
-    image = Image.fromarray(np.round(np.clip(shown, 0, 1) * 255).astype(np.uint8), "RGB")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    for k, name in enumerate(meshes):
-        text = f"{caption}, {name}" if k == 0 else name
-        draw.text((k * PANEL + 10, 7), text, fill=(60, 70, 85), font=font)
-    return np.asarray(image)
+    shown = [view.mesh(np.asarray(part.vertices), np.asarray(part.faces), True) for part in parts]
+    first, *others = meshes
+    return captioned(shown, [f"{caption}, {first}", *others], band=1.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

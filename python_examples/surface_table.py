@@ -310,14 +310,24 @@ def picture_row(scan: Scan, units: dict[str, dict[str, Any]]) -> np.ndarray:
         row = figures(found)
         distance = f"{1e3 * row['point_to_surface']:.2f}" if "hausdorff" in row else "no surface"
         captions.append(f"{METHODS[method]}: {distance}")
+    return captioned(panels, captions)
+
+
+def captioned(
+    panels: Sequence[np.ndarray], captions: Sequence[str], band: float | None = None
+) -> np.ndarray:
+    """(BAND + PANEL, panels PANEL, 3): panels of a View side by side, each under its caption.
+
+    The captions stand on a gray of [0, 1], or on what the panels begin with.
+    """
     shown = np.concatenate(panels, 1)
     shown = shown.reshape(PANEL, SCALE, -1, SCALE, 3).mean((1, 3))
-    shown = np.concatenate([np.repeat(shown[:1], BAND, 0), shown])
+    above = shown[:1] if band is None else np.full_like(shown[:1], band)
+    shown = np.concatenate([np.repeat(above, BAND, 0), shown])
     image = Image.fromarray(np.round(np.clip(shown, 0, 1) * 255).astype(np.uint8), "RGB")
-    draw = ImageDraw.Draw(image)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
     for k, caption in enumerate(captions):
-        at = (k * PANEL + 10, 7)
-        draw.text(at, caption, fill=(60, 70, 85), font=ImageFont.load_default(size=14))
+        draw.text((k * PANEL + 10, 7), caption, fill=(60, 70, 85), font=font)
     return np.asarray(image)
 
 
