@@ -32,7 +32,7 @@ help:
 .venv/ready:
 	@python3 -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'levelset_ext needs Python >= 3.11, found ' + sys.version.split()[0])"
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements/torch.txt
 	@touch $@
 
 build/setup.stamp: $(VENV) requirements/run.txt requirements/dev.txt

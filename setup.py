@@ -118,7 +118,7 @@ def extension() -> object:
     nvcc = ["-O3", "-std=c++20", "--Werror", "all-warnings", "-lineinfo", "--threads", "2"]
     if os.environ.get("SANITIZE"):
         chosen = f"-fsanitize={os.environ['SANITIZE']}"
-        cxx += ["-O1", "-g1", chosen, "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        cxx += ["-O0", "-g1", chosen, "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         options["extra_link_args"] = [chosen]
     if toolkit is not None:
         major, minor = toolkit_version(toolkit)
