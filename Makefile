@@ -134,6 +134,9 @@ tsan:                              ## several threads in the CPU kernels, under 
 	cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNO_CUDA=ON -DLEVELSET_SANITIZE=thread
 	cmake --build build/tsan --target threads_test
 	setarch -R build/tsan/tests/cpp/threads_test
+	@setarch -R build/tsan/tests/cpp/threads_test --gtest_also_run_disabled_tests \
+	  --gtest_filter='PlantedRace.*' 2>&1 | grep -q 'WARNING: ThreadSanitizer: data race' \
+	  && echo "the planted race was found" || (echo "the planted race was not found"; exit 1)
 
 gpu-check:                         ## on a machine with a GPU: CUDA tests, sanitizers, benchmark tables
 	bash benchmarks/gpu_check.sh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,12 +71,21 @@ def test_same_bytes_and_units_do_not_show(ball_png: Path, tmp_path: Path) -> Non
         assert np.abs(a - b).mean() < 1
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 50])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 50])
 def test_little_to_draw(tmp_path: Path, count: int) -> None:
     path = tmp_path / "preview.png"
     render_preview(path, np.random.default_rng(0).standard_normal((count, 3)), EMPTY)
     assert not drawn(panels(path)[1]).any()
     assert drawn(panels(path)[0]).any() == (count > 0)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")
+def test_one_point_far_out_and_points_without_extent(tmp_path: Path) -> None:
+    path = tmp_path / "preview.png"
+    far = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
+    for cloud in (np.full((1, 3), 1e305), np.zeros((6, 3)), np.full((6, 3), 1e-310)):
+        render_preview(path, cloud, far, lambda x: x[:, 2])
+        assert drawn(panels(path)[0]).any()
 
 
 def test_large_triangles_and_vertices_off_the_picture(tmp_path: Path) -> None:
@@ -132,6 +142,14 @@ def test_a_field_without_a_mesh_is_not_drawn(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cloud: expected \(n, 3\), got \(5, 2\)"):
         render_preview(tmp_path / "a.png", np.zeros((5, 2)), BALL)
+    with pytest.raises(ValueError, match="cloud: expected finite positions, got NaN or infinity"):
+        render_preview(tmp_path / "a.png", np.full((5, 3), np.nan), BALL)
+    outside = SimpleNamespace(vertices=np.eye(3), faces=np.array([[0, 1, 3]]))
+    with pytest.raises(ValueError, match=r"mesh: faces: expected indices below 3, .* got 0 to 3"):
+        render_preview(tmp_path / "a.png", np.eye(3), outside)
+    lost = SimpleNamespace(vertices=np.full((3, 3), np.inf), faces=np.array([[0, 1, 2]]))
+    with pytest.raises(ValueError, match="mesh: expected finite positions"):
+        render_preview(tmp_path / "a.png", np.eye(3), lost)
     with pytest.raises(FileNotFoundError):
         render_preview(tmp_path / "no" / "a.png", np.zeros((0, 3)), EMPTY)
     assert not list(tmp_path.iterdir())

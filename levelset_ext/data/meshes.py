@@ -473,6 +473,36 @@ def check_finite(file: str | os.PathLike[str], points: np.ndarray) -> None:
         )
 
 
+def mesh_arrays(
+    vertices: npt.ArrayLike, faces: npt.ArrayLike, name: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of a mesh, (v, 3) float64 and (f, 3) integers, once they are known to fit.
+
+    Args:
+        vertices, faces: as the caller got them; either may be empty.
+        name: of the argument that they are part of, for the messages.
+
+    Raises:
+        ValueError: a shape is wrong, or an index is out of range.
+    """
+    within = f"{name}: " if name else ""
+    corner, index = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
+    corner = corner.reshape(0, 3) if not corner.size else corner
+    index = index.reshape(0, 3).astype(np.int64) if not index.size else index
+    if corner.ndim != 2 or corner.shape[1] != 3:
+        raise ValueError(f"{within}vertices: expected (v, 3), got {corner.shape}")
+    if index.ndim != 2 or index.shape[1] != 3:
+        raise ValueError(f"{within}faces: expected (f, 3), got {index.shape}")
+    if index.dtype.kind not in "iu":
+        raise ValueError(f"{within}faces: expected integers, got {index.dtype}")
+    if len(index) and (index.min() < 0 or index.max() >= len(corner)):
+        raise ValueError(
+            f"{within}faces: expected indices below {len(corner)}, the number of vertices, got "
+            f"{index.min()} to {index.max()}"
+        )
+    return corner, index
+
+
 def write_mesh(
     path: str | os.PathLike[str],
     vertices: npt.ArrayLike,
@@ -495,14 +525,7 @@ def write_mesh(
         ValueError: a shape is wrong or an index is out of range.
         OSError: the directory cannot be written.
     """
-    corner = np.asarray(vertices, dtype=np.float64)
-    if corner.ndim != 2 or corner.shape[1] != 3:
-        raise ValueError(f"vertices: expected (v, 3), got {corner.shape}")
-    index = np.asarray(faces)
-    if index.ndim != 2 or index.shape[1] != 3:
-        raise ValueError(f"faces: expected (f, 3), got {index.shape}")
-    if len(index) and (index.min() < 0 or index.max() >= len(corner)):
-        raise ValueError(f"faces: expected indices in 0..{len(corner) - 1}, got one outside")
+    corner, index = mesh_arrays(vertices, faces)
     fields: list[tuple[str, str, tuple[int, ...]]] = [("xyz", "<f8", (3,))]
     header = [
         "ply",

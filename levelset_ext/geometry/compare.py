@@ -9,6 +9,8 @@ import numpy as np
 import scipy.sparse
 from scipy.spatial import cKDTree
 
+from levelset_ext.data.meshes import mesh_arrays
+
 
 class TriangleMesh(Protocol):
     """Anything with vertices (v, 3) and faces (f, 3): `trimesh.Trimesh`, `extract.Mesh`."""
@@ -116,12 +118,7 @@ class _Surface:
     def of(cls, mesh: TriangleMesh, name: str) -> _Surface:
         if not len(mesh.faces):
             raise ValueError(f"{name}: expected a mesh with faces, got none")
-        vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
-        if vertices.shape != (len(vertices), 3) or faces.shape != (len(faces), 3):
-            shapes = f"{vertices.shape} and {faces.shape}"
-            raise ValueError(f"{name}: expected vertices (v, 3) and faces (f, 3), got {shapes}")
-        if faces.min() < 0 or faces.max() >= len(vertices):
-            raise ValueError(f"{name}: expected faces of its {len(vertices)} vertices")
+        vertices, faces = mesh_arrays(mesh.vertices, mesh.faces, name)
         corners = vertices[faces]
         if not np.isfinite(corners).all():
             raise ValueError(f"{name}: expected finite vertices, got NaN or infinity")

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from levelset_ext.data.meshes import mesh_arrays
 from levelset_ext.field import Field
 from levelset_ext.geometry import canvas
 from levelset_ext.geometry.compare import TriangleMesh
@@ -40,23 +41,27 @@ def render_preview(
             or callable as for :func:`levelset_ext.geometry.render`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, positions that are not finite, indices out of range.
         OSError: the directory cannot be written.
     """
     points = np.asarray(cloud, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"cloud: expected (n, 3), got {points.shape}")
-    vertices = np.asarray(mesh.vertices, dtype=np.float64).reshape(-1, 3)
-    faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
+    vertices, faces = mesh_arrays(mesh.vertices, mesh.faces, "mesh")
+    for name, array in (("cloud", points), ("mesh", vertices)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: expected finite positions, got NaN or infinity")
     normals = getattr(mesh, "normals", None)
     if normals is None or np.shape(normals) != vertices.shape:
         normals = _vertex_normals(vertices, faces)
     frame = points if len(points) else vertices
     low, high = (frame.min(0), frame.max(0)) if len(frame) else (np.zeros(3), np.ones(3))
-    center = (low + high) / 2
+    center = low / 2 + high / 2
     # One scale for all panels: the largest the cloud gets on screen in either view.
     rotated = [(frame - center) @ canvas.camera(*view).T for view in canvas.VIEWS]
     reach = max((float(np.abs(r[:, :2]).max()) for r in rotated if len(r)), default=1.0) or 1.0
+    # What is smaller, or that small for where it is, has no scale that doubles hold.
+    reach = max(reach, 1e-300, 1e-9 * float(np.abs(center).max()))
     size = PANEL * canvas.SCALE
     unit = canvas.FILL * size / 2 / reach
     thinned = points[:: max(1, -(-len(points) // canvas.MOST_DOTS))]
@@ -132,7 +137,7 @@ def _draw_points(dots: np.ndarray, normals: np.ndarray, spacing: float, size: in
 
 def _local_planes(points: np.ndarray) -> tuple[np.ndarray, float]:
     """Unit normals (n, 3) of the planes through each point's neighbours, and the median spacing."""
-    if len(points) < 4:
+    if len(points) < 5:
         return np.tile([0.0, 0.0, 1.0], (len(points), 1)), 0.0
     count = min(13, len(points))
     distance, index = cKDTree(points).query(points, k=count)

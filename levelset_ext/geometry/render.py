@@ -81,7 +81,7 @@ class Camera:
                 raise ValueError(f"{name}: expected at least 1 pixel, got {number}")
         if not 0 <= fov < 180:
             raise ValueError(f"fov: expected degrees in [0, 180), got {fov}")
-        distance = float(np.linalg.norm(at - to))
+        distance = math.hypot(*(at - to))
         if distance == 0:
             raise ValueError(f"eye: expected another point than target, got {at.tolist()}")
         if span is None:
@@ -90,8 +90,8 @@ class Camera:
             raise ValueError(f"span: expected a length > 0, got {span}")
         back = (at - to) / distance
         right = np.cross(upward, back)
-        length = float(np.linalg.norm(right))
-        if length <= 1e-9 * float(np.linalg.norm(upward)):
+        length = math.hypot(*right)
+        if length <= 1e-9 * math.hypot(*upward):
             raise ValueError(f"up: expected a direction across the view, got {upward.tolist()}")
         right /= length
         return Camera(

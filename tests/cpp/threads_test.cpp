@@ -161,4 +161,10 @@ TYPED_TEST(ThreadsTest, TakeTheRowsOfAPerceptronFromOneCounter) {
   EXPECT_GT(done, n / 2);
 }
 
+// A fault for the thread sanitizer to find: every thread writes all rows. make tsan asks for it.
+TEST(PlantedRace, DISABLED_ThreadsThatWriteTheSameRows) {
+  Pinv<float> problem(false, 67, 1, 3, 7);
+  at_once([&](int) { levelset::cpu::pinv_apply(problem.params(), 0, 67); });
+}
+
 }  // namespace

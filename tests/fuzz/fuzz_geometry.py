@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +25,12 @@ import problems
 import torch
 from fuzz_ops import SEEDS, SIZES, Refused, Target, attempt, check, eps_of, kinds, make, work
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from levelset_ext import margin as margins
 from levelset_ext.attacks import (
+    advertorch_pgd,
     alarms,
     deepfool,
     evaluate,
@@ -50,12 +53,14 @@ from levelset_ext.geometry import (
     level_set_volume,
     ray_crossings,
     render,
+    render_preview,
     sample_level_set,
     surface_area,
     trace_curve,
 )
 from levelset_ext.losses import fit_disks
 
+_PEERS = ["advertorch"] if find_spec("advertorch") else []
 LEVELS = st.sampled_from([0.0] * 4 + [0.2, -3.0, 1e30, float("nan"), float("inf")])
 LENGTHS = st.sampled_from([None, None, 0.05, 1.0, 1e30, 0.0, -1.0, float("nan")])
 
@@ -307,6 +312,40 @@ PICTURE = st.fixed_dictionaries(
 )
 
 
+def preview_case(case: dict[str, Any]) -> None:
+    n, m, d, k = case["n"], case["m"], case["d"], case["kinds"]
+    cloud, vertices = make((n, d), k[0], 0), make((m, 3), k[1], 1)
+    cloud, vertices = (x.float() if x.dtype == torch.bfloat16 else x for x in (cloud, vertices))
+    generator = torch.Generator().manual_seed(k[0]["seed"])
+    high = m + 1 if case["faces"] == "outside" else max(m, 1)
+    faces = torch.randint(0, high, (n, case["corners"]), generator=generator)
+    mesh = SimpleNamespace(vertices=vertices.numpy(), faces=faces.numpy())
+    if case["normals"]:
+        mesh.normals = vertices.numpy()
+    field = problems.Sphere(0.7) if case["field"] else None
+    with tempfile.TemporaryDirectory(dir=driver.SCRATCH) as folder:
+        file = Path(folder) / "preview.png"
+        attempt(render_preview, file, cloud.numpy(), mesh, field, also="mesh vertices faces")
+        check([p.name for p in Path(folder).iterdir()] == ["preview.png"], "another file")
+        with Image.open(file) as picture:
+            picture.load()
+            check(picture.mode == "RGB" and min(picture.size) > 0, f"{picture}")
+
+
+PREVIEW = st.fixed_dictionaries(
+    {
+        "n": SIZES,
+        "m": SIZES,
+        "d": st.sampled_from([3, 3, 3, 3, 2]),
+        "kinds": kinds(2),
+        "corners": st.sampled_from([3] * 6 + [4]),
+        "faces": st.sampled_from(["inside"] * 4 + ["outside"]),
+        "normals": st.booleans(),
+        "field": st.booleans(),
+    }
+)
+
+
 def cloud_case(case: dict[str, Any]) -> None:
     n, m, d, k = case["n"], case["m"], case["d"], case["kinds"]
     x = make((n, d), k[0], 0)
@@ -430,6 +469,11 @@ def attack_case(case: dict[str, Any]) -> None:
         wrong = margins.margin(fn(found), y) <= 0 if len(x) else told.success
         check(not bool((told.success & told.correct & ~wrong).any()), "a success that is none")
         alarms(told)
+    elif what == "advertorch":
+        found, success = attempt(advertorch_pgd, fn, x, y, loss=case["objective"], **how, also=also)
+        bound = case["eps"]
+        wrong = margins.margin(fn(found), y) <= 0 if len(x) else success
+        check(bool((success == wrong).all()), "a success that is none")
     else:
         call = partial(pgd, objective=case["objective"]) if what == "pgd" else multi_targeted
         found, bound = attempt(call, fn, x, y, **how, also=also).adversarial, case["eps"]
@@ -457,7 +501,9 @@ ATTACK = st.fixed_dictionaries(
         "step": st.sampled_from([0.05, 0.05, 0.0, 1e30, -1.0, float("nan")]),
         "iters": st.sampled_from([3, 3, 1, 0, -1]),
         "norm": st.sampled_from(["linf", "linf", "l2", "l1"]),
-        "what": st.sampled_from(["pgd", "pgd", "targeted", "deepfool", "evaluate", "linearity"]),
+        "what": st.sampled_from(
+            ["pgd", "pgd", "targeted", "deepfool", "evaluate", "linearity", *_PEERS]
+        ),
         "attack": st.sampled_from(["pgd-margin", "pgd-xent-2", "pgd-margin,pgd-xent", "no attack"]),
         "batch": st.sampled_from([250, 3, 0]),
     }
@@ -471,6 +517,7 @@ TARGETS: dict[str, Target] = {
     "curve": (CURVE, curve_case, 0.5),
     "mesh": (MESH, mesh_case, 0.5),
     "pictures": (PICTURE, picture_case, 0.5),
+    "previews": (PREVIEW, preview_case, 0.5),
     "clouds": (CLOUD, cloud_case, 1.0),
     "labels": (LABELS, label_case, 1.5),
     "attack": (ATTACK, attack_case, 1.5),
