@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 
 from levelset_ext.errors import InputError
 from levelset_ext.margin import margin
@@ -159,6 +160,16 @@ def save_picture(figure: Any, path: Path) -> None:
     )
     pyplot().close(figure)
     say(str(path))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % confidence interval."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return mean, math.nan
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
 def quantiles(values: torch.Tensor, shares: Sequence[float]) -> list[float]:

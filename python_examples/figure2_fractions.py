@@ -45,11 +45,11 @@ from _shared import (
     Run,
     arguments,
     command,
+    interval,
     pyplot,
     save_picture,
     write_table,
 )
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 import levelset_ext as ls
@@ -172,16 +172,6 @@ def accuracy(network: nn.Module, data: Rows) -> float:
     for x, y in zip(data.x.split(500), data.y.split(500), strict=True):
         right += int(((network(x)[:, 0] > 0).long() == y).sum())
     return right / len(data.y)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % confidence interval."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, math.nan
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
 def split(train_all: Rows, share: float, seed: int, setting: Setting) -> tuple[Rows, Rows]:

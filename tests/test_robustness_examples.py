@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python_examples"))
 import _robustness
 import attack_strength
 import convergence_share
+import robust_ablation
 import table1_robustness
 
 TINY = ["--rows", "40", "--iters", "3", "--step", "0.05"]
@@ -238,6 +239,54 @@ def test_strength_is_what_the_attacks_say(
     summary = table(tmp_path / "summary.csv")[0]
     assert float(summary["at_largest_eps"]) == 0
     assert (tmp_path / "strength.png").stat().st_size > 0
+
+
+# --- ablation --------------------------------------------------------------------------------
+
+
+def test_ablation_pairs_seeds_and_measures_what_the_attacks_say(tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path), *TINY, "--variants", "without Eq. 12,Madry", "--epochs", "3"]
+    assert robust_ablation.main([*words, "--seeds", "2", "--quick"]) == 0
+    runs = table(tmp_path / "runs.csv")
+    assert [(run["variant"], run["seed"]) for run in runs] == [
+        (name, seed) for seed in "01" for name in ("ours", "without Eq. 12", "Madry")
+    ]
+    data = load_images(None, "test", 40)
+    net = load_classifier(tmp_path / "train" / "1-1" / "checkpoint.pt")
+    found = ls.attacks.evaluate(
+        net, data.images, data.labels, "pgd-margin", eps=0.15, step=0.05, iters=3, seed=1
+    )
+    assert float(runs[4]["pgd"]) == pytest.approx(100 * found.robust_accuracy)
+    assert float(runs[4]["clean"]) == pytest.approx(100 * found.clean_accuracy)
+    rows = {row["variant"]: row for row in table(tmp_path / "ablation.csv")}
+    for measure in robust_ablation.MEASURES:
+        # Student's t with one degree of freedom.
+        steps = [float(runs[3 * k + 2][measure]) - float(runs[3 * k][measure]) for k in range(2)]
+        assert float(rows["Madry"][f"{measure}_difference"]) == pytest.approx(sum(steps) / 2)
+        half = 12.7062 * abs(steps[0] - steps[1]) / 2
+        assert float(rows["Madry"][f"{measure}_half"]) == pytest.approx(half, rel=1e-4)
+    plain = json.loads((tmp_path / "train" / "1-0" / "config.json").read_text())["settings"]
+    assert plain["settings"]["lam_correct"] == plain["settings"]["lam_wrong"] == 0
+
+
+def test_variants_change_one_thing_of_what_the_preset_has() -> None:
+    data = load_images(None, "train")
+    usual = robust_ablation.config_of(data, "ours", 0, None, False)
+    larger = robust_ablation.config_of(data, "eps a third larger", 0, None, False)
+    assert larger.settings["eps_correct"] == pytest.approx(4 / 3 * usual.settings["eps_correct"])
+    assert robust_ablation.config_of(data, "half the learning rate", 0, None, False).lr == (
+        0.5 * usual.lr
+    )
+    variants = [
+        robust_ablation.config_of(data, name, 3, 7.0, False) for name in robust_ablation.VARIANTS
+    ]
+    assert all((config.seed, config.epochs) == (3, 7.0) for config in variants)
+    assert all(a != b for k, a in enumerate(variants) for b in variants[:k])
+
+
+def test_an_unknown_variant_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert robust_ablation.main(["--out", str(tmp_path), "--variants", "magic"]) == 2
+    assert "variants: expected some of ours, without Eq. 12" in capsys.readouterr().err
 
 
 def test_masked_gradients_are_said(capsys: pytest.CaptureFixture[str]) -> None:

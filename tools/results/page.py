@@ -30,6 +30,8 @@ TEXTS: dict[str, Section] = {
     "transfer_mnist": robustness.transfer,
     "equal_digits": partial(robustness.equal, name="equal_digits", what="digits"),
     "equal_mnist": partial(robustness.equal, name="equal_mnist", what="MNIST"),
+    "equal_cifar10": partial(robustness.equal, name="equal_cifar10", what="CIFAR10"),
+    "robust_ablation": robustness.ablation,
     "cifar10": robustness.cifar10,
     "batch_norm": robustness.batch_norm,
     "distances": robustness.distances,
@@ -63,6 +65,12 @@ PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
     "equal_mnist": (
         ("equal_mnist.png", "Accuracies of seven trainings as bars; clean against worst case"),
     ),
+    "equal_cifar10": (
+        ("equal_cifar10.png", "Accuracies of four trainings as bars; clean against worst case"),
+    ),
+    "robust_ablation": (
+        ("robust_ablation.png", "Differences of the variants from ours, with intervals"),
+    ),
     "distances": (("distance_histogram.png", "Histograms of distances to the boundary, digits"),),
     "convergence": (("convergence_mnist.png", "Shares of crossed and converged rows by epoch"),),
     "attack_strength": (("attack_strength.png", "Accuracy against steps, eps and restarts"),),
@@ -83,6 +91,7 @@ WITHIN = {
     "multi_targeted": "robust_mnist",
     "equal_digits_autoattack": "equal_digits",
     "equal_mnist_autoattack": "equal_mnist",
+    "equal_cifar10_autoattack": "equal_cifar10",
     "figure2_cifar10": "figure2",
 }
 CHAPTERS: dict[str, tuple[str, ...]] = {
@@ -92,8 +101,9 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     ),
     "Curves": ("curves", "figure3"),
     "Robust classifiers": (
-        "robust_mnist", "equal_digits", "equal_mnist", "transfer_mnist",
-        "cifar10", "batch_norm", "attack_strength", "distances", "convergence", "train_step",
+        "robust_mnist", "equal_digits", "equal_mnist", "robust_ablation", "transfer_mnist",
+        "equal_cifar10", "cifar10", "batch_norm", "attack_strength", "distances", "convergence",
+        "train_step",
     ),
     "Few images, and the plane": ("figure2", "figure1", "figure_a1"),
     "The search itself": ("newton",),
@@ -201,7 +211,7 @@ INDEX = {
     "Figure 3, surfaces": ("reconstruct_fast", "surface_table"),
     "Figure 3, curves": ("curves", "figure3"),
     "Table 1, MNIST": ("robust_mnist", "equal_mnist", "equal_digits"),
-    "Table 1, CIFAR10; Table A4": ("cifar10",),
+    "Table 1, CIFAR10; Table A4": ("equal_cifar10", "cifar10"),
     "Table 2, surfaces in figures": ("surface_table", "reconstruct_fast"),
     "Table A3 and the response's black-box table": ("transfer_mnist",),
     "Figure A1 and the response's table of samples": ("figure_a1",),
@@ -211,7 +221,12 @@ INDEX = {
     "the response: what the search costs": ("train_step",),
     "the reviews: gradient descent, L-BFGS, what is left of F, sample images": ("newton",),
     "the reviews: Elsayed et al.": ("equal_digits", "equal_mnist"),
-    "AutoAttack, multi-targeted": ("robust_mnist", "equal_digits", "equal_mnist"),
+    "AutoAttack, multi-targeted": (
+        "robust_mnist",
+        "equal_digits",
+        "equal_mnist",
+        "equal_cifar10",
+    ),
     "Table A1, architectures": (),
 }
 
