@@ -761,7 +761,10 @@ def _sign_change_share(training: Training) -> float:
     config = training.config
     disks = training.disks or losses.fit_disks(training.cloud, config.neighbours)
     step = SIDES * disks.normals
-    above, below = (training.network(disks.centers + k * step)[:, 0] for k in (1, -1))
+    beside = torch.cat([disks.centers + step, disks.centers - step])
+    # In parts: the activations of a whole scan would be the largest memory of the command.
+    values = torch.cat([training.network(part)[:, 0] for part in beside.split(16_384)])
+    above, below = values.chunk(2)
     return float((above * below < 0).double().mean())
 
 
