@@ -20,6 +20,7 @@ from levelset_ext.errors import InputError
 from levelset_ext.margin import margin
 from levelset_ext.recipes.files import (
     load_checkpoint,
+    plain,
     prepare_folder,
     read_json,
     save_checkpoint,
@@ -51,7 +52,7 @@ class Run:
         self.out = prepare_folder(out)
         self.parts = out / "parts"
         self.kind = f"levelset_ext example {name}"
-        header = json.loads(json.dumps({"kind": self.kind, "settings": settings}))
+        header = json.loads(json.dumps(plain({"kind": self.kind, "settings": settings})))
         config = out / "config.json"
         if resume and config.exists():
             self._check(read_json(config), header)

@@ -76,7 +76,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "half the learning rate": ("robust", {"lr": Factor(0.5)}),
     "no averaged weights": ("robust", {"ema": 0.0}),
     "Madry": ("madry", {}),
-}
+    "eps two thirds larger": ("robust", {"eps_correct": Factor(5 / 3)}),
+    "eps a third larger, from the start": (
+        "robust", {"eps_correct": Factor(4 / 3), "warmup": 0.0},
+    ),
+    "Madry, eps a third larger": ("madry", {"eps": Factor(4 / 3)}),
+}  # fmt: skip
 QUICK = ("ours", "without Eq. 12", "Madry")
 MEASURES = ("clean", "pgd", "worst")
 

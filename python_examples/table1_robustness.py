@@ -59,7 +59,7 @@ from levelset_ext.attacks.autoattack import load_autoattack
 from levelset_ext.data.images import Images, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.files import plain, write_json
+from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.run_folder import digest
 from levelset_ext.recipes.settings import parse_settings
@@ -633,7 +633,6 @@ def work(argv: Sequence[str] | None) -> None:
         "train_rows": args.train_rows,
         "given": {n.name: digest(*n.module.state_dict().values()) for n in given},
     }
-    settings = {key: plain(value) for key, value in settings.items()}
     count = len(configs) + len(given)
     run = Run(args.out, "table 1", settings, count_units(count, setting), args.resume)
     networks = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,12 @@ def test_ablation_pairs_seeds_and_measures_what_the_attacks_say(tmp_path: Path) 
     words = ["--out", str(tmp_path), *TINY, "--variants", "without Eq. 12,Madry", "--epochs", "3"]
     assert robust_ablation.main([*words, "--seeds", "2", "--quick"]) == 0
     runs = table(tmp_path / "runs.csv")
+    for file in tmp_path.glob("*.csv"):
+        file.rename(tmp_path / f"{file.name}.first")
+    shutil.rmtree(tmp_path / "train" / "2-1")  # kept units need no training
+    assert robust_ablation.main([*words, "--seeds", "2", "--quick", "--resume"]) == 0
+    for file in tmp_path.glob("*.csv"):
+        assert file.read_bytes() == (tmp_path / f"{file.name}.first").read_bytes()
     assert [(run["variant"], run["seed"]) for run in runs] == [
         (name, seed) for seed in "01" for name in ("ours", "without Eq. 12", "Madry")
     ]

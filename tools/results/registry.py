@@ -401,7 +401,7 @@ RESULTS: tuple[Result, ...] = (
     ),
     Result(
         "equal_cifar10",
-        "Four ways to train, twelve minutes of one core each: CIFAR10",
+        "Robust trainings of twelve minutes of one core: CIFAR10",
         "Table 1 (CIFAR10)",
         ("equal_cifar10.json",),
         (
