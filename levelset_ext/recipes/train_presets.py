@@ -78,7 +78,7 @@ _FAST: Table = {
             "warm_start": 0.0,
         },
     },
-    ("robust", "digits"): {"settings": {"eps_correct": 0.15, "eps_wrong": 0.2, "step": 0.05}},
+    ("robust", "digits"): {"settings": {"eps_correct": 0.2, "eps_wrong": 0.2, "step": 0.05}},
     ("svm", "*"): {"settings": {"max_iters": 10}},
 }
 
