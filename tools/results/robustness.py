@@ -234,7 +234,7 @@ def equal(book: Book, name: str, what: str) -> str:
             "all: compare within its column. It is not in *worst*; - is not run.",
         ]
     if missing:
-        text += ["", "Not run in this setting: " + ", ".join(missing) + "."]
+        text += ["", "Not run in this setting: " + ", ".join(missing).rstrip(".") + "."]
     return "\n".join(text)
 
 
