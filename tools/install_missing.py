@@ -6,9 +6,11 @@ its other packages fit that torch, and the wheel's metadata says what versions w
 
 from __future__ import annotations
 
+import compileall
 import importlib.metadata
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 
@@ -31,9 +33,11 @@ def main() -> None:
     if not wanted:
         return
     print("installing " + " ".join(wanted), flush=True)
-    # Most modules are never imported; compiling all of them takes longer than fetching them.
     options = ["--quiet", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, *wanted], check=True)
+    # pip would compile them one after the other. Not doing it at all costs every process seconds
+    # where Python may not write bytecode (PYTHONDONTWRITEBYTECODE).
+    compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)
 
 
 if __name__ == "__main__":
