@@ -487,15 +487,15 @@ def mesh_arrays(
     """
     within = f"{name}: " if name else ""
     corner, index = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
-    corner = corner.reshape(0, 3) if not corner.size else corner
-    index = index.reshape(0, 3).astype(np.int64) if not index.size else index
     if corner.ndim != 2 or corner.shape[1] != 3:
         raise ValueError(f"{within}vertices: expected (v, 3), got {corner.shape}")
     if index.ndim != 2 or index.shape[1] != 3:
         raise ValueError(f"{within}faces: expected (f, 3), got {index.shape}")
+    if not len(index):
+        return corner, index.astype(np.int64)
     if index.dtype.kind not in "iu":
         raise ValueError(f"{within}faces: expected integers, got {index.dtype}")
-    if len(index) and (index.min() < 0 or index.max() >= len(corner)):
+    if index.min() < 0 or index.max() >= len(corner):
         raise ValueError(
             f"{within}faces: expected indices below {len(corner)}, the number of vertices, got "
             f"{index.min()} to {index.max()}"

@@ -8,7 +8,7 @@ folders, ``python`` and ``levelset-ext`` this interpreter and this checkout's co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +143,27 @@ def _attack(
     words = f"levelset-ext attack {run}/checkpoint.pt {data} --attack {attack} --limit {limit}"
     words += f" --batch {batch} --out $OUT/{file.removesuffix('.json')} --resume"
     return Step(" ".join(words.split()), {file: _data(file)}, printed=file)
+
+
+def _autoattack(
+    of: str,
+    networks: Sequence[str],
+    limit: int,
+    *,
+    minutes: float,
+    attack: str = "autoattack",
+    data: str = "--data $MNIST",
+) -> Result:
+    """AutoAttack on the networks that the result ``of`` has trained."""
+    files = tuple(f"{of}_autoattack_{name}.json" for name in networks)
+    steps = tuple(
+        _attack(f"$WORK/{of}/train/{name}", attack, limit, file, data=data)
+        for name, file in zip(networks, files, strict=True)
+    )
+    return Result(
+        f"{of}_autoattack", "AutoAttack on them", "no counterpart in the paper", files, steps,
+        minutes=minutes,
+    )  # fmt: skip
 
 
 _LONG_RUNS = ("ours", "first", "madry")
@@ -352,21 +373,12 @@ RESULTS: tuple[Result, ...] = (
         ),
         minutes=6,
     ),
-    Result(
-        "equal_digits_autoattack",
-        "AutoAttack on them",
-        "no counterpart in the paper",
-        tuple(f"equal_digits_autoattack_{name}.json" for name in (*_ATTACKED, "large-margin")),
-        tuple(
-            _attack(
-                f"$WORK/equal_digits/train/{name}",
-                "autoattack --eps 0.15",
-                100,
-                f"equal_digits_autoattack_{name}.json",
-                data="",
-            )
-            for name in (*_ATTACKED, "large-margin")
-        ),
+    _autoattack(
+        "equal_digits",
+        (*_ATTACKED, "large-margin"),
+        100,
+        attack="autoattack --eps 0.15",
+        data="",
         minutes=4,
     ),
     Result(
@@ -384,22 +396,7 @@ RESULTS: tuple[Result, ...] = (
         ),
         minutes=40,
     ),
-    Result(
-        "equal_mnist_autoattack",
-        "AutoAttack on them",
-        "no counterpart in the paper",
-        tuple(f"equal_mnist_autoattack_{name}.json" for name in _ATTACKED),
-        tuple(
-            _attack(
-                f"$WORK/equal_mnist/train/{name}",
-                "autoattack",
-                100,
-                f"equal_mnist_autoattack_{name}.json",
-            )
-            for name in _ATTACKED
-        ),
-        minutes=25,
-    ),
+    _autoattack("equal_mnist", _ATTACKED, 100, minutes=25),
     Result(
         "equal_cifar10",
         "Robust trainings of twelve minutes of one core: CIFAR10",
@@ -415,23 +412,7 @@ RESULTS: tuple[Result, ...] = (
         ),
         minutes=55,
     ),
-    Result(
-        "equal_cifar10_autoattack",
-        "AutoAttack on them",
-        "no counterpart in the paper",
-        tuple(f"equal_cifar10_autoattack_{name}.json" for name in _CIFAR_TRAINED),
-        tuple(
-            _attack(
-                f"$WORK/equal_cifar10/train/{name}",
-                "autoattack",
-                200,
-                f"equal_cifar10_autoattack_{name}.json",
-                data="--data $CIFAR",
-            )
-            for name in _CIFAR_TRAINED
-        ),
-        minutes=15,
-    ),
+    _autoattack("equal_cifar10", _CIFAR_TRAINED, 200, data="--data $CIFAR", minutes=15),
     Result(
         "robust_ablation",
         "What each part of the robust training does: digits",

@@ -33,11 +33,8 @@ NAMES = {
     "large-margin": "Elsayed et al.",
     "standard": "standard",
 }
-TEST_ROWS = {
-    "digits": 360,
-    "MNIST": 10_000,
-    "CIFAR10": 10_000,
-}  # what there is; a run may look at fewer
+# What there is; a run may look at fewer.
+TEST_ROWS = {"digits": 360, "MNIST": 10_000, "CIFAR10": 10_000}
 COLUMNS = {
     "xent": "PGD Xent",
     "margin": "PGD margin",
@@ -319,14 +316,14 @@ def ablation(book: Book) -> str:
         return NOT_RUN
     measures = {"clean": "clean", "pgd": "PGD margin", "worst": "and multi-targeted"}
     rows = []
-    for number_of, row in enumerate(found):
+    for k, row in enumerate(found):
         cells = [row["variant"], fixed(0)(number(row["cpu_seconds"]))]
         for measure in measures:
             mean = number(row[f"{measure}_difference"])
             half = number(row[f"{measure}_half"])
             cells.append(fixed(1)(number(row[measure])))
             told = "**" if abs(mean) > half else ""
-            cells.append("" if number_of == 0 else f"{told}{mean:+.1f} ± {half:.1f}{told}")
+            cells.append("" if k == 0 else f"{told}{mean:+.1f} ± {half:.1f}{told}")
         rows.append(cells)
     head = ["variant", "CPU s"]
     for name in measures.values():
