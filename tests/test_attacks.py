@@ -6,6 +6,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from levelset_ext import attacks
+from levelset_ext.attacks.pgd import Settings, climb
 from levelset_ext.margin import margin
 from levelset_ext.networks import build
 
@@ -532,3 +534,37 @@ def test_names_with_steps() -> None:
         ("transfer-xent", 5),
         ("multi-targeted", 7),
     ]
+
+
+def test_climb_keeps_the_best_of_start_and_iterates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((40, 3), 0.5, dtype=torch.float64)
+    start = (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5) * 0.4
+    tops = (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5) * 0.4
+    seen: list[torch.Tensor] = []
+
+    def value(delta: torch.Tensor) -> torch.Tensor:
+        seen.append(delta.detach().clone())
+        return -(delta - tops).square().sum(1)
+
+    settings = Settings(0.2, 0.15, 4, keep_best=True)
+    found = climb(value, x, start, settings)
+    path = torch.stack(seen)
+    assert path.shape == (5, 40, 3)  # one more evaluation than steps
+    values = -(path - tops).square().sum(2)
+    best = values.argmax(0)
+    assert torch.equal(found, path[best, torch.arange(40)])
+    assert {0, 1, 2, 3} <= set(best.tolist())  # of some row it is the start, of some an iterate
+    last = climb(value, x, start, replace(settings, keep_best=False))
+    assert torch.equal(last, path[-1])
+
+
+def test_climb_does_not_keep_what_is_not_a_number() -> None:
+    x = torch.full((2, 1), 0.5)
+
+    def value(delta: torch.Tensor) -> torch.Tensor:
+        return (delta[:, 0] - 0.05).log()
+
+    found = climb(value, x, torch.tensor([[0.0], [0.1]]), Settings(0.2, 0.05, 2, keep_best=True))
+    assert float(found[1]) == pytest.approx(0.2)
+    assert float(found[0]) == pytest.approx(-0.1)  # the last of its iterates

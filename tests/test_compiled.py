@@ -133,6 +133,8 @@ NETWORKS = {
         for activation in ("relu", "silu", "softplus")
         for skip in (False, True)
     },
+    "waves": lambda: ImplicitMLP(3, 2, 33, 3, beta=6.0, frequencies=(2.0, 5.0)),
+    "waves, skip": lambda: ImplicitMLP(3, 1, 33, 3, beta=6.0, skip=True, frequencies=(3.0,)),
 }
 
 

@@ -306,6 +306,45 @@ def test_activation_is_what_it_says(activation: str, beta: float) -> None:
     torch.testing.assert_close(net(x), net.last(h))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_first_layer_reads_waves_of_one_slope(skip: bool) -> None:
+    frequencies, beta = (3.0, 7.0), 5.0
+    net = ImplicitMLP(2, 1, 16, 3, beta=beta, skip=skip, frequencies=frequencies).double()
+    for layer in net.hidden:
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.normal_(layer.bias)
+    x = torch.randn(20, 2, dtype=torch.float64)
+    sines = [torch.sin(k * x) / k for k in frequencies]
+    cosines = [torch.cos(k * x) / k for k in frequencies]
+    h = torch.cat([*sines, *cosines, x], 1)
+    for index, layer in enumerate(net.hidden):
+        z = layer(torch.cat([h, x], 1) if skip and index > 0 else h)
+        h = z * torch.sigmoid(beta * z)
+    # pi / 2 is kept in float32.
+    torch.testing.assert_close(net(x), net.last(h), rtol=1e-6, atol=1e-6)
+    assert set(net.state_dict()) == set(ImplicitMLP(2, 1, 16, 3, skip=skip).state_dict())
+
+
+def test_waves_come_in_as_they_are_learnt() -> None:
+    made = [ImplicitMLP(3, 1, 16, 3, frequencies=frequencies) for frequencies in ((), (4.0, 8.0))]
+    for net in made:
+        net.init_sphere_(0.6, torch.Generator().manual_seed(1))
+        net.hidden[0].weight.data[:, -3:] = torch.linspace(-1, 1, 48).reshape(16, 3)
+        for layer, other in zip(net.hidden[1:], made[0].hidden[1:], strict=True):
+            layer.load_state_dict(other.state_dict())
+        net.last.load_state_dict(made[0].last.state_dict())
+    x = torch.randn(20, 3)
+    torch.testing.assert_close(made[1](x), made[0](x))
+    made[1](x).sum().backward()
+    assert bool((made[1].hidden[0].weight.grad[:, :-3] != 0).any())
+
+
+@pytest.mark.parametrize("frequencies", [(0.0,), (2.0, -1.0), (math.inf,)])
+def test_frequencies_are_positive(frequencies: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="frequencies: expected finite numbers > 0, got"):
+        ImplicitMLP(3, 1, 8, 2, frequencies=frequencies)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_sphere_start_is_about_a_signed_distance(activation: str) -> None:
     generator = torch.Generator().manual_seed(3)

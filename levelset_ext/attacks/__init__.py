@@ -13,6 +13,7 @@ from levelset_ext.attacks.linearity import LocalLinearity, local_linearity
 from levelset_ext.attacks.pgd import OBJECTIVES, Attacked, multi_targeted, pgd
 from levelset_ext.attacks.prepare import attack_copy, random_start
 from levelset_ext.attacks.report import alarms
+from levelset_ext.attacks.squares import search_squares
 
 __all__ = [
     "ATTACKS",
@@ -32,4 +33,5 @@ __all__ = [
     "parse_attacks",
     "pgd",
     "random_start",
+    "search_squares",
 ]

@@ -204,8 +204,9 @@ def multi_targeted(
 class Settings:
     """The numbers of a PGD attack, see :func:`pgd`.
 
-    step_last: of :func:`climb` alone: the length of the last step, to which the lengths go
-    geometrically from ``step``; None keeps all alike.
+    step_last, keep_best: of :func:`climb` alone. step_last: the length of the last step, to which
+    the lengths go geometrically from ``step``; None keeps all alike. keep_best: whether a row ends
+    at the best of its start and its iterates and not at the last one.
     """
 
     eps: float
@@ -215,6 +216,7 @@ class Settings:
     seed: int = 0
     norm: str = "linf"
     step_last: float | None = None
+    keep_best: bool = False
 
     def length(self, iteration: int) -> float:
         """Of the step with this number, from 0."""
@@ -399,20 +401,40 @@ def climb(
         value: offsets (n, *event) -> (n,), what every row increases; differentiable.
         x: (n, *event), the centres of the balls.
         delta: (n, *event), the offsets to start from.
-        settings: eps, step, step_last, iters and norm are used.
+        settings: all but restarts and seed are used; keep_best costs one more evaluation.
         clip: whether x + delta stays in [0, 1].
 
     Returns:
-        The offsets after the last step, detached; ``value`` has not been evaluated at them.
+        The offsets after the last step, detached; ``value`` has not been evaluated at them. With
+        ``keep_best`` those of the largest value; where one is not a number the row takes what
+        comes next.
     """
     delta = (x + delta).clamp_(0, 1).sub_(x) if clip else delta.detach().clone()
+    kept = None
     for iteration in range(settings.iters):
         with torch.enable_grad():
             delta.requires_grad_()
-            gradient = input_gradient(value(delta), delta)
-        step = settings.length(iteration)
-        delta = _moved(x, delta.detach(), gradient, settings, step, clip)
+            there = value(delta)
+            gradient = input_gradient(there, delta)
+        delta = delta.detach()
+        if settings.keep_best:
+            kept = _better(kept, (there.detach(), delta))
+        delta = _moved(x, delta, gradient, settings, settings.length(iteration), clip)
+    if settings.keep_best:
+        with torch.no_grad():
+            _, delta = _better(kept, (value(delta), delta))
     return delta
+
+
+def _better(
+    kept: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of two pairs of values (n,) and offsets (n, *event) the larger one of every row."""
+    if kept is None:
+        return new
+    stays = kept[0] > new[0]
+    offsets = torch.where(per_row(stays, new[1]), kept[1], new[1])
+    return torch.where(stays, kept[0], new[0]), offsets
 
 
 def _moved(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,17 @@ class ImplicitMLP(nn.Module):
             units of the pre-activations, and so the sharpest edge that is cheap to represent.
         beta: sharpness of a smooth activation.
         skip: feed [h, x] instead of h to every layer between the first and the last.
+        frequencies: angular ones, in radians per unit of x, of sines and cosines of every
+            coordinate that the first layer reads beside x (Tancik et al. 2020), each divided by its
+            frequency, so that all have the same slope. With them detail of the size of a wave is
+            learnt early instead of last.
 
     Parameters start as He's normal distribution; see :meth:`init_sphere_` and :meth:`init_paper_`.
     """
+
+    _wave_matrix: Tensor
+    _wave_phases: Tensor
+    _column_scale: Tensor
 
     def __init__(
         self,
@@ -38,6 +47,7 @@ class ImplicitMLP(nn.Module):
         activation: str = "silu",
         beta: float = 40.0,
         skip: bool = False,
+        frequencies: Sequence[float] = (),
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -51,14 +61,36 @@ class ImplicitMLP(nn.Module):
             raise ValueError(f"hidden_layers: expected at least 1, got {hidden_layers}")
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"beta: expected a finite number > 0, got {beta}")
+        if not all(frequency > 0 and math.isfinite(frequency) for frequency in frequencies):
+            raise ValueError(f"frequencies: expected finite numbers > 0, got {tuple(frequencies)}")
         self.dim, self.outputs, self.skip = dim, outputs, skip
         self.activation, self.beta = activation, float(beta)
         inner = width + dim if skip else width
+        self.frequencies = tuple(float(frequency) for frequency in frequencies)
+        waves = 2 * dim * len(self.frequencies)
+        if waves:
+            self._make_waves(dim)
         self.hidden = nn.Sequential(
-            nn.Linear(dim, width), *(nn.Linear(inner, width) for _ in range(hidden_layers - 1))
+            nn.Linear(waves + dim, width),
+            *(nn.Linear(inner, width) for _ in range(hidden_layers - 1)),
         )
         self.last = nn.Linear(width, outputs)
         self.reset_parameters()
+
+    def _make_waves(self, dim: int) -> None:
+        """sin(A x + b) are the sines and cosines, of which the first layer reads multiples."""
+        eye = torch.eye(dim)
+        sines = torch.cat([frequency * eye for frequency in self.frequencies])
+        scale = torch.tensor(self.frequencies).reciprocal().repeat_interleave(dim)
+        quarter = torch.full((len(sines),), math.pi / 2)
+        # Not among what is saved: they follow from the arguments.
+        self.register_buffer("_wave_matrix", torch.cat((sines, sines)), persistent=False)
+        self.register_buffer(
+            "_wave_phases", torch.cat((torch.zeros_like(quarter), quarter)), persistent=False
+        )
+        self.register_buffer(
+            "_column_scale", torch.cat((scale, scale, torch.ones(dim))), persistent=False
+        )
 
     def _layers(self) -> list[nn.Linear]:
         return [layer for layer in (*self.hidden, self.last) if isinstance(layer, nn.Linear)]
@@ -69,6 +101,9 @@ class ImplicitMLP(nn.Module):
         for layer in self._layers():
             layer.weight.normal_(0.0, math.sqrt(2 / layer.out_features), generator=generator)
             layer.bias.zero_()
+        if self.frequencies:
+            # The waves come in as they are learnt: the starts below are about x alone.
+            self._layers()[0].weight[:, : -self.dim] = 0.0
 
     @torch.no_grad()
     def init_paper_(self, generator: torch.Generator | None = None) -> ImplicitMLP:
@@ -108,12 +143,18 @@ class ImplicitMLP(nn.Module):
         # The hidden state is carried as beta h: beta then multiplies vectors of biases instead of
         # every activation, which on a CPU costs as much as the activation.
         beta = 1.0 if self.activation == "relu" else self.beta
-        h = x * beta if beta != 1.0 else x
-        first = h
+        first = x * beta if beta != 1.0 else x
+        h = first
+        if self.frequencies:
+            waves = torch.sin(functional.linear(x, self._wave_matrix, self._wave_phases))
+            h = torch.cat([waves * beta, first], 1)
         for index, layer in enumerate(self._layers()[:-1]):
             if self.skip and index > 0:
                 h = torch.cat([h, first], 1)
-            z = functional.linear(h, layer.weight, layer.bias * beta)
+            weight = layer.weight
+            if self.frequencies and index == 0:
+                weight = weight * self._column_scale
+            z = functional.linear(h, weight, layer.bias * beta)
             if self.activation == "relu":
                 h = torch.relu(z)
             elif self.activation == "silu":
@@ -123,7 +164,8 @@ class ImplicitMLP(nn.Module):
         return functional.linear(h, self.last.weight / beta, self.last.bias)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, beta={self.beta}, skip={self.skip}"
+        text = f"activation={self.activation!r}, beta={self.beta}, skip={self.skip}"
+        return f"{text}, frequencies={self.frequencies}" if self.frequencies else text
 
 
 def fc1(outputs: int = 1, dim: int = 3) -> ImplicitMLP:

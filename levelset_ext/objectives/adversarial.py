@@ -20,6 +20,7 @@ from levelset_ext.attacks.prepare import (
     check_batch,
     lengths,
 )
+from levelset_ext.attacks.squares import search_squares
 from levelset_ext.margin import check_labels, margin
 from levelset_ext.objectives.base import Step
 from levelset_ext.objectives.common import (
@@ -47,7 +48,9 @@ class Madry:
     eps: half the width of the box. step, iters: of PGD. step_last: length of the last step, to
     which the others fall geometrically; None keeps all alike. attack: what PGD increases, "xent" or
     "margin" (-F^y). warmup: see above. warm_start: share of the examples whose attack goes on from
-    where that of the last visit ended.
+    where that of the last visit ended. keep_best: whether it ends at the best of its start and its
+    iterates, for a forward more, and not at the last one. squares: proposals of
+    :func:`levelset_ext.attacks.search_squares` after the steps, a forward each.
 
     Figures: accuracy, at the adversarial examples, in the mode of the loss.
     """
@@ -59,6 +62,8 @@ class Madry:
     warmup: float = 0.0
     warm_start: float = 0.0
     step_last: float | None = None
+    keep_best: bool = False
+    squares: int = 0
 
     def __post_init__(self) -> None:
         check_fields(
@@ -66,6 +71,7 @@ class Madry:
             not_negative=("eps",),
             positive=("step",) if self.step_last is None else ("step", "step_last"),
             counts=("iters",),
+            counts_or_none=("squares",),
             shares=("warmup", "warm_start"),
             attack=("xent", "margin"),
         )
@@ -88,7 +94,13 @@ class Madry:
             start = warm_offsets(offsets, self.warm_start, settings.eps, generator)
         else:
             start = uniform_start(x, settings.eps, generator)
-        delta = climb(lambda d: increased(logits(x + d), y, None), x, start, settings)
+
+        def value(d: Tensor) -> Tensor:
+            return increased(logits(x + d), y, None)
+
+        delta = climb(value, x, start, settings)
+        if self.squares:
+            delta = search_squares(value, x, delta, settings.eps, self.squares, generator)
         out = evaluate(network, (x + delta).clamp_(0, 1), y)
         return Step(functional.cross_entropy(out, y), {"accuracy": accuracy(out, y)}, delta)
 
@@ -284,7 +296,9 @@ def _settings(objective: Madry | Trades | MMA, eps: float, progress: float) -> S
     last = getattr(objective, "step_last", None)
     if last is not None:
         last = grown(last, objective.warmup, progress)
-    return Settings(now, step, objective.iters if now > 0 else 0, step_last=last)
+    keep = getattr(objective, "keep_best", False)
+    iters = objective.iters if now > 0 else 0
+    return Settings(now, step, iters, step_last=last, keep_best=keep)
 
 
 def _divergence(there: Tensor, here: Tensor) -> Tensor:

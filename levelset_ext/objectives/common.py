@@ -53,6 +53,7 @@ def check_fields(
     positive: Iterable[str] = (),
     not_negative: Iterable[str] = (),
     counts: Iterable[str] = (),
+    counts_or_none: Iterable[str] = (),
     shares: Iterable[str] = (),
     **choices: Iterable[str],
 ) -> None:
@@ -61,7 +62,7 @@ def check_fields(
     Args:
         objective: a dataclass.
         positive, not_negative: names of fields that are finite numbers > 0, >= 0.
-        counts: of integers >= 1.
+        counts, counts_or_none: of integers >= 1, >= 0.
         shares: of numbers in [0, 1].
         choices: for a field by its name, the strings it may be.
     """
@@ -75,10 +76,11 @@ def check_fields(
     for name in not_negative:
         if not (getattr(objective, name) >= 0 and math.isfinite(getattr(objective, name))):
             refuse(name, "a finite number >= 0")
-    for name in counts:
-        value = getattr(objective, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            refuse(name, "an integer >= 1")
+    for names, least in ((counts, 1), (counts_or_none, 0)):
+        for name in names:
+            value = getattr(objective, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                refuse(name, f"an integer >= {least}")
     for name in shares:
         if not 0 <= getattr(objective, name) <= 1:
             refuse(name, "a share in [0, 1]")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from levelset_ext.attacks.pgd import Settings, climb
+from levelset_ext.attacks.squares import search_squares
 from levelset_ext.field import Field
 from levelset_ext.losses.geometric_svm import NORMS, geometric_svm
 from levelset_ext.losses.robust import DISTANCES, robust
@@ -108,7 +109,10 @@ class Robust:
     :func:`levelset_ext.find_boundary`. eps_first, warmup: eps_correct grows linearly from
     ``eps_first`` over that share of the training; steps in proportion with "xent". lam_correct,
     lam_wrong, distance: of :func:`levelset_ext.losses.robust`. warm_start: share of the examples
-    whose steps go on from where those of the last visit ended.
+    whose steps go on from where those of the last visit ended. keep_best: with "xent", whether the
+    steps end at the best of their start and their iterates, for a forward more, and not at the last
+    one. squares: with "xent", proposals of :func:`levelset_ext.attacks.search_squares` after the
+    steps, a forward each, for networks that have learnt to hide from gradients.
 
     Under autocast the steps and the cross entropy run in reduced precision, Eq. 12 does not. With
     batch norm see :func:`levelset_ext.objectives.statistics.with_batch_statistics`.
@@ -137,6 +141,8 @@ class Robust:
     ends: float = 1.0
     lost: float = 1.0
     warm_start: float = 0.0
+    keep_best: bool = False
+    squares: int = 0
 
     def __post_init__(self) -> None:
         check_fields(
@@ -152,12 +158,19 @@ class Robust:
             ),
             positive=("step", "keep_below", "tol"),
             counts=("iters", "max_iters"),
+            counts_or_none=("squares",),
             shares=("warmup", "warm_start"),
             distance=DISTANCES,
             search=("margin", "xent"),
         )
         if self.step_last is not None:
             check_fields(self, positive=("step_last",))
+        for name in ("keep_best", "squares"):
+            if getattr(self, name) and self.search != "xent":
+                raise ValueError(
+                    f"{name}: expected none with search {self.search!r}, got "
+                    f"{getattr(self, name)!r}"
+                )
 
     def __call__(
         self,
@@ -230,12 +243,16 @@ class Robust:
         quiet = search_logits(field, y)
         grown = eps / self.eps_correct if self.eps_correct > 0 else 1.0
         last = None if self.step_last is None else self.step_last * grown
-        delta = climb(
-            lambda d: functional.cross_entropy(quiet(x + d), y, reduction="none"),
-            x,
-            start,
-            Settings(eps, self.step * grown, self.iters, step_last=last),
+
+        def value(d: Tensor) -> Tensor:
+            return functional.cross_entropy(quiet(x + d), y, reduction="none")
+
+        steps = Settings(
+            eps, self.step * grown, self.iters, step_last=last, keep_best=self.keep_best
         )
+        delta = climb(value, x, start, steps)
+        if self.squares:
+            delta = search_squares(value, x, delta, eps, self.squares, generator)
         ends = (x + delta).clamp_(0, 1)
         logits = as_classes(field(ends.clone()), len(x))
         cross_entropy = functional.cross_entropy(logits, y)

@@ -69,6 +69,7 @@ class ReconstructConfig:
     activation: str = "silu"
     beta: float = 60.0
     skip: bool = False
+    frequencies: tuple[float, ...] = ()
     start: str = "sphere"  # or "paper"
     start_radius: float = 0.64
     # Eq. 13
@@ -260,6 +261,7 @@ class Training:
             activation=config.activation,
             beta=config.beta,
             skip=config.skip,
+            frequencies=config.frequencies,
         )
         if config.start == "sphere":
             return network.init_sphere_(config.start_radius, self.generator)
