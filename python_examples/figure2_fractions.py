@@ -71,6 +71,7 @@ class Setting:
     seeds: int = 100
     trial_seeds: int = 3
     epochs: int = 200
+    most_steps: int | None = None  # fewer epochs for the fractions that would take more
     batch: int = 32
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -138,6 +139,13 @@ def loss_of(method: str, network: nn.Module, batch: Rows, lam: float, setting: S
     return nn.functional.softplus(-margins).mean()
 
 
+def epochs_of(count: int, setting: Setting) -> int:
+    """Epochs of a training on so many images."""
+    if setting.most_steps is None:
+        return setting.epochs
+    return min(setting.epochs, max(1, setting.most_steps // math.ceil(count / setting.batch)))
+
+
 def train(
     method: str, data: Rows, seed: int, lr: float, last_lam: float, setting: Setting
 ) -> nn.Module:
@@ -153,8 +161,9 @@ def train(
         nesterov=True,
     )
     generator = torch.Generator().manual_seed(seed)
-    for epoch in range(setting.epochs):
-        share = epoch / setting.epochs
+    epochs = epochs_of(len(data.y), setting)
+    for epoch in range(epochs):
+        share = epoch / epochs
         optimizer.param_groups[0]["lr"] = lr * 0.5 ** sum(share >= at for at in HALVED_AT)
         first = min(setting.lam_first, last_lam)
         lam = first + (last_lam - first) * min(1.0, share / setting.lam_share)
@@ -195,6 +204,7 @@ def work(argv: Sequence[str] | None) -> None:
         ("seeds", "runs per fraction and method"),
         ("trial_seeds", "runs per candidate; 0 takes the first candidate untried"),
         ("epochs", "of every run"),
+        ("most_steps", "a run of more steps has fewer epochs"),
         ("test_rows", "test images"),
         ("candidates", "how many settings every method may try, at most 4"),
     ):
@@ -204,7 +214,7 @@ def work(argv: Sequence[str] | None) -> None:
     setting = Setting() if args.data is not None else DIGITS
     if args.quick:
         setting = replace(setting, **QUICK)
-    given = ("seeds", "trial_seeds", "epochs", "test_rows", "network", "warm")
+    given = ("seeds", "trial_seeds", "epochs", "most_steps", "test_rows", "network", "warm")
     changes = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.fractions is not None:
         try:
@@ -216,8 +226,9 @@ def work(argv: Sequence[str] | None) -> None:
         candidates = 1
     changes["svm"], changes["plain"] = setting.svm[:candidates], setting.plain[:candidates]
     setting = replace(setting, **changes)
-    if min(setting.seeds, setting.epochs, setting.test_rows, candidates) < 1:
-        raise InputError("seeds, epochs, test-rows, candidates: expected at least 1")
+    counts = [setting.seeds, setting.epochs, setting.test_rows, candidates]
+    if min(*counts, 1 if setting.most_steps is None else setting.most_steps) < 1:
+        raise InputError("seeds, epochs, most-steps, test-rows, candidates: expected at least 1")
     if not 0 <= setting.warm < 1:
         raise InputError(f"warm: expected 0 <= share < 1, got {setting.warm}")
     if not all(0 < share < 1 for share in setting.fractions):

@@ -61,9 +61,9 @@ def test_noise_decay_slow_growth_and_a_spike_are_left_alone() -> None:
 def test_a_jump_goes_back_to_before_it_with_half_the_rate() -> None:
     walk = Walk()
     walk.take(410, 1.0)
-    walk.take(100, 8.0)
+    walk.take(40, 8.0)
     (entry,) = walk.guard.returns
-    assert entry["back_to"] == 400
+    assert entry["back_to"] == walk.at == 400
     assert entry["step"] == 450
     assert walk.guard.rate == 0.5
     (line,) = walk.said
@@ -91,6 +91,26 @@ def test_the_share_of_converged_rows_falls() -> None:
     assert walk.guard.returns == []
     walk.take(60, 0.9, share=0.73)  # with a lower loss, as seen
     assert "from 97 % to 73 %" in walk.guard.returns[0]["reason"]
+
+
+def test_a_state_from_which_it_diverges_again_was_not_good() -> None:
+    walk = Walk()
+    walk.take(400, 1.0, share=0.999)
+
+    def back_to() -> list[int]:
+        return [entry["back_to"] for entry in walk.guard.returns]
+
+    walk.take(50, 1.0, share=0.9)
+    assert back_to() == [400]
+    # Measured by the range of step 400, not by that of the bad windows since.
+    walk.take(50, 1.0, share=0.9)
+    assert back_to() == [400, 300]
+    assert walk.guard.rate == 0.25
+    walk.take(50, 1.0, share=0.9)
+    assert back_to() == [400, 300, 200]
+    walk.take(500, 1.0, share=0.99)
+    assert len(back_to()) == 3
+    assert walk.at == walk.step
 
 
 def test_steps_that_are_not_finite() -> None:
@@ -162,7 +182,7 @@ def blow_up(monkeypatch: pytest.MonkeyPatch, at: int, factor: float) -> None:
 def test_a_diverging_reconstruction_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blow_up(monkeypatch, 150, 1000.0)
+    blow_up(monkeypatch, 150, 100.0)
     said: list[str] = []
     found = recipe.reconstruct(small_cloud(), tmp_path / "kept", LONGER, say=said.append)
     (entry,) = found["divergences"]

@@ -19,8 +19,9 @@ ENOUGH = 4  # of them, before anything is judged
 BAD_WINDOWS = 2  # in a row make a divergence: what heals by itself is left alone
 IN_A_ROW = 5  # steps that are not finite make one too
 ANCHOR_EVERY = 100  # steps between two good states, if the training is well
+ANCHORS = 3  # that many are kept
 LOSS_FACTOR = 3.0
-SHARE_DROP = 0.1
+SHARE_DROP = 0.03
 MOST = 4  # returns, then the run stops
 
 
@@ -36,8 +37,9 @@ class Guard:
 
     Then the weights and the optimizer are those of the last good state again, the learning rate is
     halved for the rest of the run, and everything else (step, schedules, random numbers) goes on.
-    After four returns the run ends with an error. What is decided depends on the figures of the
-    steps alone, so a run that is resumed decides the same.
+    What diverges does so slowly at first: a state from which it does once more was not good, and
+    the one before it is next. After four returns the run ends with an error. What is decided
+    depends on the figures of the steps alone, so a run that is resumed decides the same.
 
     Args:
         parts: the modules and optimizers that go back.
@@ -55,7 +57,7 @@ class Guard:
         self.rate = 1.0  # factor of the learning rate
         self.returns: list[dict[str, Any]] = []  # for metrics.json
         self.in_a_row = 0
-        self._anchor: dict[str, Any] | None = None
+        self._anchors: list[dict[str, Any]] = []  # good states, the oldest first
         self._first: float | None = None  # loss of the first window
         self._window: list[list[float]] = []  # (loss, share) of the steps of the open window
         self._memory: list[list[float]] = []  # (loss, share) of the last good windows
@@ -63,7 +65,7 @@ class Guard:
 
     def begin(self, step: int) -> None:
         """Before the first step: the starting weights are the first good state."""
-        if self.active and self._anchor is None:
+        if self.active and not self._anchors:
             self._keep(step)
 
     def after(
@@ -148,14 +150,14 @@ class Guard:
             and share >= min(row[1] for row in self._memory) - SHARE_DROP / 10
         )
         self._memory = [*self._memory, [loss, share]][-MEMORY:]
-        assert self._anchor is not None
-        if well and step - self._anchor["step"] >= ANCHOR_EVERY and self.sound():
+        if well and step - self._anchors[-1]["step"] >= ANCHOR_EVERY and self.sound():
             self._keep(step)
         return None
 
     def _keep(self, step: int) -> None:
         parts = [copy.deepcopy(part.state_dict()) for part in self.parts]
-        self._anchor = {"step": step, "parts": parts}
+        anchor = {"step": step, "parts": parts, "memory": self._memory, "used": False}
+        self._anchors = [*self._anchors, anchor][-ANCHORS:]
 
     def _return(self, step: int, reason: str) -> None:
         if len(self.returns) == MOST:
@@ -163,20 +165,24 @@ class Guard:
                 f"diverged at step {step}: {reason}, after {MOST} returns to good weights with "
                 f"the learning rate down to {self.rate:g} of its schedule; a smaller one may help"
             )
-        assert self._anchor is not None
-        for part, kept in zip(self.parts, self._anchor["parts"], strict=True):
+        if len(self._anchors) > 1 and self._anchors[-1]["used"]:
+            self._anchors.pop()
+        anchor = self._anchors[-1]
+        anchor["used"] = True
+        for part, kept in zip(self.parts, anchor["parts"], strict=True):
             part.load_state_dict(copy.deepcopy(kept))  # an optimizer keeps what it is given
         self.rate /= 2
-        back = self._anchor["step"]
+        back = anchor["step"]
         self.returns.append({"step": step, "back_to": back, "reason": reason, "rate": self.rate})
-        self._window, self._memory, self._bad, self.in_a_row = [], [], 0, 0
+        # With the range of that time: what is still bad there would else be the new measure.
+        self._window, self._memory, self._bad, self.in_a_row = [], anchor["memory"], 0, 0
         self.say(
             f"diverged at step {step}: {reason}; going on with the weights of step {back} and "
             f"{self.rate:g} of the learning rate"
         )
 
 
-_KEPT = ("rate", "returns", "in_a_row", "_anchor", "_first", "_window", "_memory", "_bad")
+_KEPT = ("rate", "returns", "in_a_row", "_anchors", "_first", "_window", "_memory", "_bad")
 
 
 def finite_gradient(parameters: Iterable[nn.Parameter]) -> bool:

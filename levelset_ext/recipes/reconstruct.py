@@ -119,6 +119,7 @@ class ReconstructConfig:
 PRESETS: dict[str, ReconstructConfig] = {
     # At a rate of 1e-2 the synthetic scan diverged; the guard is there for scans not tried yet.
     "fast": ReconstructConfig(
+        frequencies=(12.0, 24.0),
         distance="disks",
         optimizer="soap",
         learning_rate=7e-3,
@@ -207,7 +208,8 @@ def config_from(values: dict[str, Any]) -> ReconstructConfig:
     values = dict(values)
     for name in ("projected_noise", "general_noise"):
         values[name] = tuple(tuple(pair) for pair in values[name])
-    values["halve_at"], values["levels"] = tuple(values["halve_at"]), tuple(values["levels"])
+    for name in ("halve_at", "levels", "frequencies"):
+        values[name] = tuple(values[name])
     values["newton_step"] = float(values["newton_step"])  # JSON has no infinity
     return ReconstructConfig(**values)
 
