@@ -198,6 +198,23 @@ def test_pairs_share_everything_but_the_loss(example: Any, monkeypatch: pytest.M
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_large_fractions_have_fewer_epochs(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure2 = example("figure2_fractions")
+    data = figure2.Rows(torch.rand(12, 1, 8, 8), torch.arange(12) % 2)
+    steps: list[int] = []
+
+    def counted(method: str, network: Any, batch: Any, lam: float, setting: Any) -> torch.Tensor:
+        steps[-1] += 1
+        return 0 * network(batch.x).sum()
+
+    monkeypatch.setattr(figure2, "loss_of", counted)
+    setting = replace(figure2.DIGITS, epochs=6, batch=4)
+    for most, expected in ((None, 18), (100, 18), (11, 9), (1, 3)):
+        steps.append(0)
+        figure2.train("hinge", data, 3, 0.1, 0.1, replace(setting, most_steps=most))
+        assert steps[-1] == expected
+
+
 def test_interval(example: Any) -> None:
     mean, half = example("figure2_fractions").interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
@@ -213,6 +230,7 @@ def test_interval(example: Any) -> None:
         ("distance_histogram", ["nowhere.pt"], "nowhere.pt"),
         ("distance_histogram", ["--norm", "l7"], "norm: expected one of l2, linf"),
         ("figure2_fractions", ["--fractions", "0.1,x"], "fractions: expected numbers"),
+        ("figure2_fractions", ["--most-steps", "0"], "seeds, epochs, most-steps, test-rows"),
         ("figure2_fractions", ["--device", "abacus"], "device: expected one of cpu"),
     ],
 )
