@@ -52,14 +52,13 @@ from levelset_ext.data.meshes import read_mesh
 from levelset_ext.data.scans import Normalization
 from levelset_ext.errors import InputError
 from levelset_ext.field import value_and_jacobian
-from levelset_ext.networks import ImplicitMLP
 from levelset_ext.recipes.files import load_checkpoint, read_json, write_json
 from levelset_ext.recipes.reconstruct import (
     KIND,
-    ReconstructConfig,
     Training,
     config_from,
     load_cloud,
+    network_of,
     preset,
 )
 from levelset_ext.recipes.run_folder import digest
@@ -220,18 +219,6 @@ def spacing(
 
 
 # --- the network ---
-
-
-def network_of(config: ReconstructConfig) -> ImplicitMLP:
-    return ImplicitMLP(
-        3,
-        1,
-        config.width,
-        config.hidden_layers,
-        activation=config.activation,
-        beta=config.beta,
-        skip=config.skip,
-    )
 
 
 def read_run(folder: Path) -> dict[str, Any]:

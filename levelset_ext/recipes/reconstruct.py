@@ -216,6 +216,20 @@ def config_from(values: dict[str, Any]) -> ReconstructConfig:
     return ReconstructConfig(**values)
 
 
+def network_of(config: ReconstructConfig) -> ImplicitMLP:
+    """The network of a run, into which the parameters of its checkpoint fit."""
+    return ImplicitMLP(
+        3,
+        1,
+        config.width,
+        config.hidden_layers,
+        activation=config.activation,
+        beta=config.beta,
+        skip=config.skip,
+        frequencies=config.frequencies,
+    )
+
+
 # --- one training run, without files ---
 
 
@@ -257,16 +271,7 @@ class Training:
     def new_network(self) -> ImplicitMLP:
         """The network with its starting parameters, on the CPU."""
         config = self.config
-        network = ImplicitMLP(
-            3,
-            1,
-            config.width,
-            config.hidden_layers,
-            activation=config.activation,
-            beta=config.beta,
-            skip=config.skip,
-            frequencies=config.frequencies,
-        )
+        network = network_of(config)
         if config.start == "sphere":
             return network.init_sphere_(config.start_radius, self.generator)
         return network.init_paper_(self.generator)

@@ -134,6 +134,11 @@ _FIRST = (
     "--set shift=0 --set iters=2 --set step=0.1 --set step_last=null "
     "--set eps_correct=0.4 --set warmup=0.4"
 )
+# A search that keeps the best point it saw and begins with a long step, see there too.
+_LONGER = (
+    "--set warmup=0 --set iters=4 --set step=0.3 --set step_last=0.02 --set keep_best=true "
+    "--set squares=2"
+)
 
 
 def _attack(
@@ -166,7 +171,7 @@ def _autoattack(
     )  # fmt: skip
 
 
-_LONG_RUNS = ("ours", "first", "madry")
+_LONG_RUNS = ("ours", "first", "longer", "madry")
 # On MNIST nothing of the others is left before AutoAttack's turn comes.
 _ATTACKED = ("ours", "madry", "trades", "mma", "llr")
 _BENCH = ("newton", "false-position", "train-step", "nearest", "ops")
@@ -299,6 +304,10 @@ RESULTS: tuple[Result, ...] = (
                 "levelset-ext train robust --data $MNIST --out $OUT/first --epochs 30 "
                 f"{_FIRST} --resume"
             ),
+            Step(
+                "levelset-ext train robust --data $MNIST --out $OUT/longer --init "
+                f"$OUT/ours/checkpoint.pt --epochs 34 --lr 3e-3 {_LONGER} --resume"
+            ),
             Step("levelset-ext train madry --data $MNIST --out $OUT/madry --resume"),
             *(
                 Step(
@@ -321,7 +330,7 @@ RESULTS: tuple[Result, ...] = (
                 },
             ),
         ),
-        minutes=255,
+        minutes=380,
         full=(
             _example(
                 "table1_robustness",
