@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["levelset_ext.data"]):
 import driver
 import fuzz_readers
 
-LONGEST = 4096  # bytes of a case
+LONGEST = 4096  # bytes of a case, or twice its target's longest seed
 KEPT = 1500  # bytes of a failing case that go into the report
 
 
@@ -52,7 +52,8 @@ def _fuzz(job: driver.Job, journal: driver.Journal, folder: Path, report: Path) 
     corpus = folder / "corpus"
     corpus.mkdir()
     path = folder / f"case{suffix}"
-    for number, content in enumerate(make()):
+    seeds = make()
+    for number, content in enumerate(seeds):
         (corpus / f"{number}").write_bytes(content)
         path.write_bytes(content)
         fuzz_readers.read_once(reader, path, len(content), False)
@@ -78,7 +79,8 @@ def _fuzz(job: driver.Job, journal: driver.Journal, folder: Path, report: Path) 
         if done == job.cases:
             report.write_text(json.dumps((done, accepted, failures)))
 
-    options = [f"-runs={job.cases}", f"-max_len={LONGEST}", f"-seed={job.seed + 1}"]
+    longest = max(LONGEST, 2 * max(map(len, seeds)))
+    options = [f"-runs={job.cases}", f"-max_len={longest}", f"-seed={job.seed + 1}"]
     # libFuzzer's own limit on memory is of the process, which is torch's for the most part.
     options += ["-verbosity=0", "-rss_limit_mb=0", f"-artifact_prefix={folder}/"]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
