@@ -418,23 +418,21 @@ def climb(
             gradient = input_gradient(there, delta)
         delta = delta.detach()
         if settings.keep_best:
-            kept = _better(kept, (there.detach(), delta))
+            new = there.detach(), delta
+            kept = new if kept is None else better(kept, new)
         delta = _moved(x, delta, gradient, settings, settings.length(iteration), clip)
-    if settings.keep_best:
+    if kept is not None:
         with torch.no_grad():
-            _, delta = _better(kept, (value(delta), delta))
+            _, delta = better(kept, (value(delta), delta))
     return delta
 
 
-def _better(
-    kept: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Of two pairs of values (n,) and offsets (n, *event) the larger one of every row."""
-    if kept is None:
-        return new
-    stays = kept[0] > new[0]
-    offsets = torch.where(per_row(stays, new[1]), kept[1], new[1])
-    return torch.where(stays, kept[0], new[0]), offsets
+def better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of two pairs of values (n,) and offsets (n, *event) the larger one of every row; the other
+    where they are equal or a value is not a number."""
+    larger = one[0] > other[0]
+    offsets = torch.where(per_row(larger, one[1]), one[1], other[1])
+    return torch.where(larger, one[0], other[0]), offsets
 
 
 def _moved(

@@ -1,4 +1,4 @@
-"""Random search in a box, by squares, which needs no gradient and cannot miss one."""
+"""Random search in a box, by squares, which needs no gradient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from levelset_ext.attacks.pgd import better
 
 __all__ = ["search_squares"]
 
@@ -64,8 +66,5 @@ def search_squares(
         inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
         square = (x + (signs * 2 - 1) * eps).clamp_(0, 1).sub_(x)
         proposed = torch.where(inside, square, delta)
-        there = value(proposed)
-        better = there > best
-        best = torch.where(better, there, best)
-        delta = torch.where(better.view(n, 1, 1, 1), proposed, delta)
+        best, delta = better((value(proposed), proposed), (best, delta))
     return delta
