@@ -523,6 +523,7 @@ class _TreeCache:
 
 
 _trees = _TreeCache()
+_ROWS_FOR_WORKERS = 8192
 
 
 @torch.library.impl("levelset_ext::nearest", "CPU")
@@ -538,7 +539,9 @@ def _nearest_cpu(query: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
         finite = torch.isfinite(x).all(1)
         if tree is not None:
             rows = x.numpy() if bool(finite.all()) else x[finite].numpy()
-            _, found = tree.query(rows, workers=torch.get_num_threads())
+            # SciPy's workers are Python threads: to start them takes longer than few rows do.
+            workers = torch.get_num_threads() if len(rows) >= _ROWS_FOR_WORKERS else 1
+            _, found = tree.query(rows, workers=workers)
             found = np.asarray(found, dtype=np.int64)
             found[found == tree.n] = 0  # none: the squared distance to every point overflows
             index[finite] = torch.from_numpy(found if kept is None else kept[found])

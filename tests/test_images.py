@@ -16,13 +16,11 @@ import pytest
 import torch
 
 from levelset_ext.data.images import (
-    augment_cifar,
     fraction,
     load_images,
     merge_labels,
     read_cifar_pickle,
     read_idx,
-    rolled,
 )
 from levelset_ext.errors import InputError
 
@@ -227,48 +225,6 @@ def test_fraction_is_balanced_nested_and_deterministic() -> None:
     assert len(fraction(labels, 1e-9)) == 10
     with pytest.raises(ValueError, match="share: expected 0 < share <= 1, got 0"):
         fraction(labels, 0)
-
-
-def test_rolling_moves_every_image_its_own_way_and_back() -> None:
-    x = torch.zeros(3, 2, 5, 4, dtype=torch.float64)
-    x[:, :, 1, 2] = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
-    moves = torch.tensor([[0, 0], [2, -1], [-2, 3]])
-    out = rolled(x, moves)
-    for image, (row, column) in enumerate([(1, 2), (3, 1), (4, 1)]):
-        assert torch.equal(out[image, :, row, column], x[image, :, 1, 2])
-        assert int((out[image] != 0).sum()) == 2
-    x = torch.rand(6, 1, 7, 7)
-    moves = torch.randint(-9, 10, (6, 2))
-    assert torch.equal(rolled(rolled(x, moves), -moves), x)
-    with pytest.raises(ValueError, match=r"moves: expected \(n, 2\) integers"):
-        rolled(x, moves[:5])
-
-
-def test_augmentation_shifts_and_mirrors() -> None:
-    x = torch.rand(200, 3, 6, 5) + 0.5  # so that 0 can only be padding
-    out = augment_cifar(x, torch.Generator().manual_seed(0), pad=2)
-    assert out.shape == x.shape
-    assert torch.equal(out, augment_cifar(x, torch.Generator().manual_seed(0), pad=2))
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    mirrored, shifts = 0, set()
-    for image, there in zip(out, padded, strict=True):
-        places = [
-            (row, column, flip)
-            for row in range(5)
-            for column in range(5)
-            for flip in (False, True)
-            if torch.equal(
-                image,
-                there[:, row : row + 6, column : column + 5].flip(-1)
-                if flip
-                else there[:, row : row + 6, column : column + 5],
-            )
-        ]
-        assert len(places) == 1
-        mirrored += places[0][2]
-        shifts.add(places[0][:2])
-    assert 70 < mirrored < 130
-    assert len(shifts) > 20
 
 
 def test_conversion_of_jpegs(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def classifier_steps(ranks: Ranks, objective: str) -> dict[str, Any]:
     if objective == "madry":
         settings = {**SHORT["madry"], "warm_start": 0.5}
         config = replace(config, settings=settings, clip_norm=0.5, batch=25, shift=1)
+    if objective == "robust":
+        config = replace(config, settings={**config.settings, "warm_start": 0.9}, bend=0.1)
     training = Training(data, config, ranks=ranks)
     losses = [training.advance()["loss"] for _ in range(5)]
     state = {k: v for k, v in training.state().items() if k not in ("guard", "history")}

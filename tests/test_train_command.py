@@ -287,6 +287,40 @@ def test_the_offsets_of_warm_starts_move_with_their_images() -> None:
         replace(config, shift=-1)
 
 
+def test_the_offsets_of_warm_starts_bend_with_their_images(tmp_path: Path) -> None:
+    """The stand-in leaves the image it saw: the next visit must be handed that image as this
+    visit's map would have bent it, but for the pixels that nearest neighbours differ by."""
+    config = small("robust")
+    config = replace(config, settings={**config.settings, **WARM, "warm_start": 1.0})
+    config = replace(config, bend=0.1, shift=1)
+    smooth = torch.linspace(-1, 1, 8)
+    image = torch.exp(-2 * (smooth[:, None] ** 2 + (smooth - 0.2) ** 2))
+    data = digits()
+    data = replace(data, images=image.expand(len(data), 1, 8, 8).contiguous())
+    training = recipe.Training(data, config)
+    errors, apart = [], []
+
+    def search(network: Any, x: torch.Tensor, *_: Any, offsets: torch.Tensor, **__: Any) -> Step:
+        middle = (slice(None), slice(None), slice(2, 6), slice(2, 6))
+        errors.append(float((offsets - x)[middle].abs().mean()))
+        apart.append(float((x - image)[middle].abs().mean()))
+        return Step(sum(p.sum() for p in network.parameters()) * 0.0, {}, x)
+
+    training.objective = search
+    for _ in range(3 * training.steps_per_epoch):
+        training.advance()
+    later = slice(training.steps_per_epoch, None)
+    assert max(errors[later]) < 0.08 < min(apart[later])
+    again = recipe.Training(data, config)
+    again.load(training.state())
+    assert again.maps is not None
+    assert training.maps is not None
+    assert torch.equal(again.maps, training.maps)
+    with pytest.raises(InputError, match=r"bend: expected 0 <= bend < 1, got 1\.0"):
+        replace(config, bend=1.0)
+    assert recipe.Training(data, replace(small("cross-entropy"), bend=0.1)).maps is None
+
+
 def test_an_epoch_uses_every_row_once_in_even_batches() -> None:
     training = recipe.Training(digits(rows=50), small("cross-entropy"))
     assert training.steps_per_epoch == 3

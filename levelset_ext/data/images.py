@@ -35,14 +35,12 @@ from levelset_ext.errors import InputError
 
 __all__ = [
     "Images",
-    "augment_cifar",
     "fraction",
     "load_images",
     "merge_labels",
     "read_cifar_binary",
     "read_cifar_pickle",
     "read_idx",
-    "rolled",
 ]
 
 SPLITS = ("train", "test")
@@ -436,57 +434,3 @@ def fraction(labels: Tensor, share: float, seed: int = 0) -> Tensor:
     if not kept:
         return torch.empty(0, dtype=torch.int64)
     return torch.from_numpy(np.sort(np.concatenate(kept)).astype(np.int64))
-
-
-def augment_cifar(x: Tensor, generator: torch.Generator | None = None, *, pad: int = 4) -> Tensor:
-    """Every image shifted by up to ``pad`` pixels (zeros come in) and mirrored half of the time.
-
-    Args:
-        x: (n, c, h, w).
-        generator: of the CPU, whatever the device of x; a seed means the same on all of them.
-        pad: widest shift, pixels.
-
-    Returns:
-        New tensor of the shape, dtype and device of x.
-    """
-    if x.dim() != 4:
-        raise ValueError(f"x: expected images (n, c, h, w), got shape {tuple(x.shape)}")
-    if pad < 0:
-        raise ValueError(f"pad: expected at least 0, got {pad}")
-    n, c, h, w = x.shape
-    shift = torch.randint(2 * pad + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    rows = shift[0] + torch.arange(h)
-    columns = shift[1] + torch.where(mirrored, torch.arange(w).flip(0), torch.arange(w))
-    padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-    rows, columns = rows.to(x.device), columns.to(x.device)
-    image = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(c, device=x.device)[None, :, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def rolled(x: Tensor, moves: Tensor) -> Tensor:
-    """Every image moved round and round: what leaves at one side comes in at the other.
-
-    Nothing is lost, so ``rolled(rolled(x, moves), -moves)`` is x, bit for bit. Where the border of
-    the images is empty, as MNIST's is, a short roll is a shift.
-
-    Args:
-        x: (n, c, h, w).
-        moves: (n, 2) integers: pixels down and to the right.
-
-    Returns:
-        New tensor of the shape, dtype and device of x.
-    """
-    if x.dim() != 4 or moves.shape != (len(x), 2):
-        raise ValueError(
-            "moves: expected (n, 2) integers for images (n, c, h, w), got shapes "
-            f"{tuple(moves.shape)} and {tuple(x.shape)}"
-        )
-    n, c, h, w = x.shape
-    moves = moves.to(x.device)
-    rows = (torch.arange(h, device=x.device) - moves[:, :1]) % h
-    columns = (torch.arange(w, device=x.device) - moves[:, 1:]) % w
-    image = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(c, device=x.device)[None, :, None, None]
-    return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

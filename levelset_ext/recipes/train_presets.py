@@ -179,6 +179,7 @@ TUNABLE = (
     "halve_at",
     "ema",
     "shift",
+    "bend",
     "held_out",
     "channels_last",
     "autocast",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from levelset_ext.data.images import Images, augment_cifar, rolled
+from levelset_ext.data.augment import affine_between, augment_cifar, bent, random_affine, rolled
+from levelset_ext.data.images import Images
 from levelset_ext.errors import InputError
 from levelset_ext.field import evaluation_copy
 from levelset_ext.margin import margin
@@ -71,6 +72,9 @@ class TrainConfig:
     # Pixels by which an image moves at most, up or down and to a side, anew at every visit; what
     # leaves comes in at the other side. The searches of warm starts move along.
     shift: int = 0
+    # Largest angle (radians), slope of a shear and logarithm of a stretch of an affine map that
+    # bends an image anew at every visit; ``shift`` is then part of the map, and zeros come in.
+    bend: float = 0.0
     held_out: float = 0.0  # share of the training rows to validate on; 0 validates on the test rows
     # Weights and images in the order in which convolutions on a CPU are fastest.
     channels_last: bool = True
@@ -94,6 +98,8 @@ class TrainConfig:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.shift < 0:
             raise InputError(f"shift: expected a number of pixels >= 0, got {self.shift}")
+        if not 0 <= self.bend < 1:
+            raise InputError(f"bend: expected 0 <= bend < 1, got {self.bend}")
         if self.steps < 0 or (self.steps == 0 and not 0 < self.epochs < math.inf):
             what = ("steps", self.steps) if self.steps else ("epochs", self.epochs)
             raise InputError(f"{what[0]}: expected a number > 0, got {what[1]}")
@@ -189,6 +195,10 @@ class Training:
         self.offsets: Tensor | None = None
         if getattr(self.objective, "warm_start", 0) > 0:
             self.offsets = torch.zeros_like(self.images, dtype=torch.float16)
+        # The maps by which the images were bent when these searches ended.
+        self.maps: Tensor | None = None
+        if config.bend and self.offsets is not None:
+            self.maps = torch.eye(2, 3, device=self.device).repeat(len(self.labels), 1, 1)
 
         self.step = 0
         self.skipped_steps = 0
@@ -229,6 +239,7 @@ class Training:
             "generator": self.generator.get_state(),
             "order": self.order,
             "offsets": self.offsets,
+            "maps": self.maps,
             "history": self.history.state(),
             "guard": self.guard.state(),
             "counters": {name: getattr(self, name) for name in _COUNTERS},
@@ -243,6 +254,8 @@ class Training:
         self.order = state["order"]
         if self.offsets is not None:
             self.offsets = state["offsets"].to(self.device)
+        if self.maps is not None:
+            self.maps = state["maps"].to(self.device)
         self.history.load(state["history"])
         self.guard.load(state["guard"])
         for name, value in state["counters"].items():
@@ -270,8 +283,8 @@ class Training:
         return config.lr
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images, labels and row numbers of the step that comes next, of all processes, and by how
-        much the images were rolled, (n, 2), if they are."""
+        """Images, labels and row numbers of the step that comes next, of all processes, and what
+        moved the images, if anything: rolls (n, 2) or affine maps (n, 2, 3)."""
         rows, at = len(self.labels), self.step % self.steps_per_epoch
         if at == 0:
             self.order = torch.randperm(rows, generator=self.generator)
@@ -281,7 +294,11 @@ class Training:
         if self.config.augment:
             x = augment_cifar(x, self.generator)
         moves: Tensor | None = None
-        if self.config.shift:
+        if self.config.bend:
+            moves = random_affine(len(x), self.config.bend, self.config.shift, self.generator)
+            moves = moves.to(self.device)
+            x = bent(x, moves)
+        elif self.config.shift:
             moves = torch.randint(
                 -self.config.shift, self.config.shift + 1, (len(x), 2), generator=self.generator
             ).to(self.device)
@@ -352,11 +369,10 @@ class Training:
         self, x: Tensor, y: Tensor, rows: Tensor, count: int, moves: Tensor | None
     ) -> Step:
         """The objective on the rows of this process out of a batch of ``count``, with what it left
-        behind for these rows, rolled as the images are."""
+        behind for these rows, moved as the images are."""
         more: dict[str, Any] = {}
         if self.offsets is not None:
-            kept = self.offsets[rows].to(x.dtype)
-            more["offsets"] = kept if moves is None else rolled(kept, moves)
+            more["offsets"] = self._carried(self.offsets[rows].to(x.dtype), rows, moves)
         alone = self.ranks.size == 1
         draws = nullcontext() if alone else WholeDraws(self.ranks, self.generator, count)
         with draws, torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
@@ -369,11 +385,25 @@ class Training:
                 **more,
             )
         if self.offsets is not None and found.offsets is not None:
-            ends = found.offsets if moves is None else rolled(found.offsets, -moves)
-            ends = ends.to(self.offsets.dtype)
-            for some, there in self.ranks.gather((rows, ends)):
-                self.offsets[some.to(self.device)] = there.to(self.device)
+            self._keep(found.offsets, rows, moves)
         return found
+
+    def _carried(self, kept: Tensor, rows: Tensor, moves: Tensor | None) -> Tensor:
+        """Where searches ended, moved to where the images are now."""
+        if self.maps is not None and moves is not None:
+            return bent(kept, affine_between(self.maps[rows], moves), sharp=True)
+        return kept if moves is None else rolled(kept, moves)
+
+    def _keep(self, ends: Tensor, rows: Tensor, moves: Tensor | None) -> None:
+        """Notes where searches ended: rolled back, but beside their maps, as to bend back and forth
+        would wear them down."""
+        assert self.offsets is not None
+        if self.maps is None and moves is not None:
+            ends = rolled(ends, -moves)
+        for some, there, by in self.ranks.gather((rows, ends.to(self.offsets.dtype), moves)):
+            self.offsets[some.to(self.device)] = there.to(self.device)
+            if self.maps is not None and by is not None:
+                self.maps[some.to(self.device)] = by.to(self.device)
 
     @torch.no_grad()
     def _move_average(self) -> None:
