@@ -147,7 +147,6 @@ def reconstruct(method: str, scan: Scan, how: Setting, runs: Path) -> Surface:
 def one_method(method: str, scan: Scan, how: Setting, runs: Path) -> dict[str, Any]:
     """The mesh of a method, and how far it is from the truth."""
     made = reconstruct(method, scan, how, runs)
-    mesh = trimesh.Trimesh(made.vertices, made.faces, process=False)
     found: dict[str, Any] = {
         "steps": made.steps,
         "training_seconds": made.seconds,
@@ -155,9 +154,17 @@ def one_method(method: str, scan: Scan, how: Setting, runs: Path) -> dict[str, A
         "vertices": torch.from_numpy(made.vertices.astype(np.float32)),
         "faces": torch.from_numpy(made.faces.astype(np.int32)),
     }
+    found["compare"] = scored(method, made.vertices, made.faces, scan, how)
+    return found
+
+
+def scored(
+    method: str, vertices: np.ndarray, faces: np.ndarray, scan: Scan, how: Setting
+) -> dict[str, Any] | None:
+    """How far a mesh is from the truth; None, and a line, of what is no surface."""
     try:
-        found["compare"] = compare_meshes(
-            mesh,
+        return compare_meshes(
+            trimesh.Trimesh(vertices, faces, process=False),
             scan.truth,
             samples=how.samples,
             seed=how.seed,
@@ -165,9 +172,8 @@ def one_method(method: str, scan: Scan, how: Setting, runs: Path) -> dict[str, A
             dense_samples=how.dense_samples,
         )
     except ValueError as error:  # no faces
-        found["compare"] = None
         say(f"{scan.name}, {method}: {error}")
-    return found
+        return None
 
 
 # --- the table ---

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from levelset_ext.errors import InputError
 from levelset_ext.networks import from_mesh
-from levelset_ext.recipes.reconstruct import PRESETS, Cloud
+from levelset_ext.recipes.reconstruct import PRESETS, Cloud, preset
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python_examples"))
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python_examples"))
 import _surfaces
 import close_ups
 import figure_a2_levels
+import surface_ablation
 import surface_table
 from _surfaces import Budget
 
@@ -356,3 +357,64 @@ def test_close_ups_measure_a_known_gap() -> None:
     far = mesh.copy()
     far.apply_translation((0.0, 0.0, 9.0))
     assert close_ups.distances(far, truth, place, 0)["truth_to_mesh"] is None
+
+
+# --- the ablation ----------------------------------------------------------------------------
+
+
+def test_ablation_pairs_scans_and_seeds(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(scans), "--out", str(tmp_path), "--quick", "--steps", "4"]
+    words += ["--variants", "no waves,p = 1"]
+    assert surface_ablation.main(words) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert [(run["variant"], run["seed"]) for run in runs] == [
+        (name, seed) for seed in "01" for name in ("ours", "no waves", "p = 1")
+    ]
+    with (tmp_path / "ablation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    distance = {(run["variant"], run["seed"]): float(run["point_to_surface"]) for run in runs}
+    assert len(set(distance.values())) == 6
+    for row in rows:
+        own = [distance[row["variant"], seed] for seed in "01"]
+        ours = [distance["ours", seed] for seed in "01"]
+        assert float(row["point_to_surface"]) == pytest.approx(sum(own) / 2, rel=1e-4)
+        more = [100 * (a / b - 1) for a, b in zip(own, ours, strict=True)]
+        assert float(row["further"]) == pytest.approx(sum(more) / 2, rel=1e-3, abs=1e-6)
+        assert row["runs"] == "2"
+    assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+
+    def never(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(surface_ablation, "measured", never)
+    assert surface_ablation.main([*words, "--resume"]) == 0
+    capsys.readouterr()
+    assert surface_ablation.main([*words, "--variants", "more waves"]) != 0
+    assert "variants: expected some of ours, no waves" in capsys.readouterr().err
+    assert surface_ablation.main([*words, "--steps", "0"]) != 0
+    assert "steps: expected at least 1, got 0" in capsys.readouterr().err
+    assert surface_ablation.main([*words, "--scans", "sofa"]) != 0
+    assert "scans: expected some of ring, got sofa" in capsys.readouterr().err
+
+
+def test_every_variant_of_the_ablation_trains() -> None:
+    """One step each: the names in VARIANTS are settings, and their values are understood."""
+    for name in surface_ablation.VARIANTS:
+        config = surface_ablation.config_of(name, 2, 0, True)
+        training = surface_ablation.Training(noisy_sphere(0.8, 500), config)
+        assert bool(torch.isfinite(training.advance().total))
+    assert surface_ablation.config_of("ours", 2, 0, False) == preset("fast", 2)
+
+
+def test_a_run_without_a_surface_counts_as_torn() -> None:
+    run = {"normal_consistency": 0.9, "cpu_seconds": 1.0, "genus": 0}
+    runs = [
+        {**run, "variant": "ours", "point_to_surface": 1.0, "components": 1},
+        {**run, "variant": "p = 1", "point_to_surface": float("nan"), "components": float("nan")},
+    ]
+    rows = surface_ablation.summary(runs, ["ours", "p = 1"])
+    assert [row["torn"] for row in rows] == [0, 1]
+    assert not np.isfinite(rows[1]["further"])

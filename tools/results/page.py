@@ -23,6 +23,7 @@ TEXTS: dict[str, Section] = {
     "surface_table": surfaces.surface_table,
     "close_ups": surfaces.close_ups,
     "surface_ablation": surfaces.ablation,
+    "surface_trials": surfaces.trials,
     "figure_a2": surfaces.figure_a2,
     "curves": surfaces.curves,
     "figure3": surfaces.figure3,
@@ -68,6 +69,9 @@ PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
     "equal_cifar10": (
         ("equal_cifar10.png", "Accuracies of four trainings as bars; clean against worst case"),
     ),
+    "surface_ablation": (
+        ("surface_ablation.png", "How much further away the variants are, with intervals"),
+    ),
     "robust_ablation": (
         ("robust_ablation.png", "Differences of the variants from ours, with intervals"),
     ),
@@ -96,8 +100,8 @@ WITHIN = {
 }
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "Surfaces": (
-        "reconstruct_fast", "surface_table", "close_ups", "surface_ablation", "figure_a2",
-        "warm_pool",
+        "reconstruct_fast", "surface_table", "close_ups", "surface_ablation",
+        "surface_trials", "figure_a2", "warm_pool",
     ),
     "Curves": ("curves", "figure3"),
     "Robust classifiers": (

@@ -240,9 +240,25 @@ RESULTS: tuple[Result, ...] = (
     ),
     Result(
         "surface_ablation",
-        "What each part of the recipe is worth",
+        "What each part of surface reconstruction does",
         "no counterpart",
-        ("surface_ablation.json",),
+        ("surface_ablation.csv",),
+        (
+            _example(
+                "surface_ablation",
+                "$SCANS --scans homer,rocker-arm",
+                ablation__csv=_data("surface_ablation.csv"),
+                ablation__png=_image("surface_ablation.png"),
+            ),
+        ),
+        minutes=80,
+        seeds="0 to 2",
+    ),
+    Result(
+        "surface_trials",
+        "Trials on the way to the recipe",
+        "no counterpart",
+        ("surface_trials.json",),
     ),
     Result(
         "figure_a2",
