@@ -203,11 +203,31 @@ def test_where_f_has_one_sign_is_counted() -> None:
             return torch.where(x[:, :1] > self.folded, signed.abs(), signed)
 
     # Disks of points so far apart lie as much as 0.02 below the sphere that they were taken from.
-    training.disks = losses.Disks(training.cloud, training.cloud, torch.ones(400))
+    disks = losses.Disks(training.cloud, training.cloud, torch.ones(400))
     training.network = Sphere(2.0)
-    assert recipe._sign_change_share(training) == 1
+    assert training.sign_change_share(disks) == 1
     training.network = Sphere(0.0)
-    assert recipe._sign_change_share(training) == pytest.approx((cloud[:, 0] < 0).mean())
+    assert training.sign_change_share(disks) == pytest.approx((cloud[:, 0] < 0).mean())
+    assert training.sign_change_share(disks, 3) == pytest.approx((cloud[::3, 0] < 0).mean())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_waves_are_learnt_from_a_share_of_the_steps_on(optimizer: str) -> None:
+    config = replace(
+        SMALL, steps=10, frequencies=(5.0,), waves_from=0.5, optimizer=optimizer, skip=True
+    )
+    cloud = torch.from_numpy(small_cloud().points).float()
+    training = recipe.Training(cloud, config)
+    first = training.network.hidden[0].weight
+    start = first[:, -3:].clone()
+    for step in range(10):
+        waves = first[:, :-3].detach().clone()
+        training.advance()
+        assert torch.equal(first[:, :-3], waves) == (step < 5)
+        assert not torch.equal(first[:, -3:], start)
+    plain = recipe.Training(cloud, replace(config, frequencies=()))
+    plain.advance()  # there is nothing to hold
+    assert plain.network.hidden[0].weight.shape == (SMALL.width, 3)
 
 
 def test_same_seed_same_mesh_and_finished_runs_stay(whole_run: Path, tmp_path: Path) -> None:

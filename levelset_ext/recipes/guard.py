@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
@@ -19,7 +19,8 @@ ENOUGH = 4  # of them, before anything is judged
 BAD_WINDOWS = 2  # in a row make a divergence: what heals by itself is left alone
 IN_A_ROW = 5  # steps that are not finite make one too
 ANCHOR_EVERY = 100  # steps between two good states, if the training is well
-ANCHORS = 2  # that many are kept, in checkpoints too
+ANCHORS = 3  # that many are kept, in checkpoints too
+SETTLED = 100  # steps that a share is late by: a good state is so much before the first bad window
 LOSS_FACTOR = 3.0
 SHARE_DROP = 0.03
 MOST = 4  # returns, then the run stops
@@ -30,16 +31,17 @@ class Guard:
 
     Steps are judged in windows of 25, and a window by the range of the eight good ones before it.
     It is bad when its median loss is three times the worst of theirs and more than half of what the
-    loss was in the first window (else a loss near 0 would diverge by noise), or when the share of
-    converged projections falls a tenth below the worst of theirs: of Eq. 13 the loss is blind to
-    most of what goes wrong, as points that do not arrive take the level they are on. Two bad
-    windows in a row, or five steps in a row that are not finite, are a divergence.
+    loss was in the first window (else a loss near 0 would diverge by noise), or when a share, as of
+    converged projections, falls 3 % below the worst of theirs: of Eq. 13 the loss is blind to most
+    of what goes wrong. Two bad windows in a row, or five steps in a row that are not finite, are a
+    divergence.
 
     Then the weights and the optimizer are those of the last good state again, the learning rate is
     halved for the rest of the run, and everything else (step, schedules, random numbers) goes on.
-    What diverges does so slowly at first: a state from which it does once more was not good, and
-    the one before it is next. After four returns the run ends with an error. What is decided
-    depends on the figures of the steps alone, so a run that is resumed decides the same.
+    A share shows late what has gone wrong, so a state is good against that only if a hundred good
+    steps followed it; one from which the run diverges once more was not good at all, and the one
+    before it is next. After four returns the run ends with an error. What is decided depends on the
+    figures of the steps alone, so a run that is resumed decides the same.
 
     Args:
         parts: the modules and optimizers that go back.
@@ -59,9 +61,11 @@ class Guard:
         self.in_a_row = 0
         self._anchors: list[dict[str, Any]] = []  # good states, the oldest first
         self._first: float | None = None  # loss of the first window
-        self._window: list[list[float]] = []  # (loss, share) of the steps of the open window
-        self._memory: list[list[float]] = []  # (loss, share) of the last good windows
-        self._bad = 0
+        # Loss and shares of the steps of the open window, and of the last good windows.
+        self._window: list[tuple[float, dict[str, float]]] = []
+        self._memory: list[tuple[float, dict[str, float]]] = []
+        self._bad = 0  # windows in a row
+        self._before = math.inf  # a good state is not later
 
     def begin(self, step: int) -> None:
         """Before the first step: the starting weights are the first good state."""
@@ -69,7 +73,13 @@ class Guard:
             self._keep(step)
 
     def after(
-        self, step: int, loss: float, *, usable: bool, share: float = 1.0, last: bool = False
+        self,
+        step: int,
+        loss: float,
+        *,
+        usable: bool,
+        shares: Mapping[str, float] | None = None,
+        last: bool = False,
     ) -> None:
         """After every step.
 
@@ -77,7 +87,8 @@ class Guard:
             step: how many steps are done.
             loss: of the step, the same on every process of the run.
             usable: whether the loss and its gradient were finite; otherwise the step was skipped.
-            share: of the step's projections that converged.
+            shares: from 0 to 1, of what is near 1 where all is well, by what they are shares of;
+                the same ones after every step.
             last: whether it was the last one.
 
         Raises:
@@ -96,7 +107,7 @@ class Guard:
             reason = "the weights are not finite"
         else:
             if usable:
-                self._window.append([loss, share])
+                self._window.append((loss, dict(shares or {})))
             if len(self._window) >= WINDOW:
                 reason = self._judge(step)
         if reason is not None:
@@ -126,30 +137,40 @@ class Guard:
 
     def _judge(self, step: int) -> str | None:
         """Closes the window; a reason if it makes a divergence."""
-        loss, share = median(row[0] for row in self._window), fmean(r[1] for r in self._window)
+        loss = median(one[0] for one in self._window)
+        shares = {name: fmean(one[1][name] for one in self._window) for name in self._window[0][1]}
+        began = step - WINDOW
         self._window = []
         if self._first is None:
             self._first = loss
+        worst = max((one[0] for one in self._memory), default=loss)
+        least = {
+            name: min((one[1][name] for one in self._memory), default=share)
+            for name, share in shares.items()
+        }
         reason = None
+        fallen: list[str] = []
         if len(self._memory) >= ENOUGH:
-            worst, least = max(row[0] for row in self._memory), min(r[1] for r in self._memory)
+            fallen = [name for name in shares if shares[name] < least[name] - SHARE_DROP]
             if loss > max(LOSS_FACTOR * worst, self._first / 2):
                 reason = f"the loss rose from {worst:.3g} to {loss:.3g}"
-            elif share < least - SHARE_DROP:
+            elif fallen:
+                name = fallen[0]
                 reason = (
-                    f"the share of converged projections fell from {100 * least:.0f} % to "
-                    f"{100 * share:.0f} %"
+                    f"the share of {name} fell from {100 * least[name]:.0f} % to "
+                    f"{100 * shares[name]:.0f} %"
                 )
         if reason is not None:
+            if fallen:
+                self._before = min(self._before, began - SETTLED)
             self._bad += 1
             return reason if self._bad >= BAD_WINDOWS else None
-        self._bad = 0
+        self._bad, self._before = 0, math.inf
         # Kept only where it is as good as what came before: a divergence may have begun.
-        well = not self._memory or (
-            loss <= 1.1 * max(row[0] for row in self._memory)
-            and share >= min(row[1] for row in self._memory) - SHARE_DROP / 10
+        well = loss <= 1.1 * worst and all(
+            shares[name] >= least[name] - SHARE_DROP / 10 for name in shares
         )
-        self._memory = [*self._memory, [loss, share]][-MEMORY:]
+        self._memory = [*self._memory, (loss, shares)][-MEMORY:]
         if well and step - self._anchors[-1]["step"] >= ANCHOR_EVERY and self.sound():
             self._keep(step)
         return None
@@ -165,7 +186,10 @@ class Guard:
                 f"diverged at step {step}: {reason}, after {MOST} returns to good weights with "
                 f"the learning rate down to {self.rate:g} of its schedule; a smaller one may help"
             )
-        if len(self._anchors) > 1 and self._anchors[-1]["used"]:
+        while len(self._anchors) > 1:
+            late = self._anchors[-1]["step"] > self._before and self._anchors[-2]["step"] > 0
+            if not (late or self._anchors[-1]["used"]):
+                break
             self._anchors.pop()
         anchor = self._anchors[-1]
         anchor["used"] = True
@@ -176,13 +200,16 @@ class Guard:
         self.returns.append({"step": step, "back_to": back, "reason": reason, "rate": self.rate})
         # With the range of that time: what is still bad there would else be the new measure.
         self._window, self._memory, self._bad, self.in_a_row = [], anchor["memory"], 0, 0
+        self._before = math.inf
         self.say(
             f"diverged at step {step}: {reason}; going on with the weights of step {back} and "
             f"{self.rate:g} of the learning rate"
         )
 
 
-_KEPT = ("rate", "returns", "in_a_row", "_anchors", "_first", "_window", "_memory", "_bad")
+_KEPT = (
+    "rate", "returns", "in_a_row", "_anchors", "_first", "_window", "_memory", "_bad", "_before",
+)  # fmt: skip
 
 
 def finite_gradient(parameters: Iterable[nn.Parameter]) -> bool:

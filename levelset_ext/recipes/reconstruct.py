@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 import trimesh
-from torch import Tensor, nn
+from torch import Tensor
 
 from levelset_ext import losses, ops
 from levelset_ext._load import build_info
@@ -48,6 +48,9 @@ from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers import SamplePool, level_points, project
 
 KIND = "levelset_ext reconstruct 1"
+SIDES = 0.01  # in normalised units: beyond the noise of a scan, within what bounds a part
+SIDES_EVERY = 25  # steps between two looks at the sign of F
+SIDES_ROWS = 2000  # disks of such a look
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class ReconstructConfig:
     beta: float = 60.0
     skip: bool = False
     frequencies: tuple[float, ...] = ()
+    waves_from: float = 0.0  # share of the steps before their waves are learnt
     start: str = "sphere"  # or "paper"
     start_radius: float = 0.64
     # Eq. 13
@@ -247,7 +251,7 @@ class Training:
         # All randomness is drawn on the CPU from one generator, so that a checkpoint holds all of
         # it and a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.network: nn.Module = self.new_network().to(cloud.device)
+        self.network: ImplicitMLP = self.new_network().to(cloud.device)
         # Reads the parameters of the network in place.
         self.field = MLP.from_module(self.network)
         self.optimizer = self._new_optimizer()
@@ -267,6 +271,7 @@ class Training:
         self.projected_rows = 0
         self.rank_deficient_rows = 0
         self.skipped_steps = 0
+        self.sign_changes: float | None = None  # at the last look
 
     def new_network(self) -> ImplicitMLP:
         """The network with its starting parameters, on the CPU."""
@@ -295,6 +300,7 @@ class Training:
             "projected_rows",
             "rank_deficient_rows",
             "skipped_steps",
+            "sign_changes",
         )
         return {
             "network": self.network.state_dict(),
@@ -432,6 +438,8 @@ class Training:
         if usable:
             loss.total.backward()
             self.ranks.add_gradients(self.network.parameters())
+            if self.step < config.waves_from * config.steps:
+                self.network.hold_waves_()
             usable = finite_gradient(self.network.parameters())
         if usable:
             self.optimizer.step()
@@ -456,10 +464,38 @@ class Training:
             self.step,
             float(loss.levels.sum() + loss.cloud),  # without lambda, which grows
             usable=usable,
-            share=converged / rows,
+            shares={"converged projections": converged / rows, **self._sides()},
             last=self.step == config.steps,
         )
         return loss
+
+    def _sides(self) -> dict[str, float]:
+        """What the guard is told of the sign of F, looked at now and then."""
+        if self.disks is None or self.network.outputs != 1:
+            return {}
+        if self.step % SIDES_EVERY == 0 or self.sign_changes is None:
+            apart = max(1, len(self.cloud) // SIDES_ROWS)
+            self.sign_changes = self.sign_change_share(self.disks, apart)
+        return {"disks across which F changes its sign": self.sign_changes}
+
+    @torch.no_grad()
+    def sign_change_share(self, disks: losses.Disks, apart: int = 1) -> float:
+        """The share of the disks across which F changes its sign, ``SIDES`` to either side.
+
+        Eq. 13 knows |F| alone, so a loss that is small says nothing of it: where F has the same
+        sign on both sides of the cloud, its zero level set is elsewhere, a film of bubbles, or a
+        hole.
+
+        Args:
+            disks: of the cloud.
+            apart: every so manieth disk is looked at.
+        """
+        centers, step = disks.centers[::apart], SIDES * disks.normals[::apart]
+        beside = torch.cat([centers + step, centers - step])
+        # In parts: the activations of a whole scan would be the largest memory of the command.
+        values = torch.cat([self.network(part)[:, 0] for part in beside.split(16_384)])
+        above, below = values.chunk(2)
+        return float((above * below < 0).double().mean())
 
 
 # --- the run as a folder ---
@@ -737,7 +773,9 @@ def _metrics(
         if surface.is_watertight
         else None,
         "cloud_to_mesh": _cloud_distance(cloud, surface) / diagonal,
-        "sign_change_share": _sign_change_share(training),
+        "sign_change_share": training.sign_change_share(
+            training.disks or losses.fit_disks(training.cloud, training.config.neighbours)
+        ),
         "steps": training.step,
         "skipped_steps": training.skipped_steps,
         "divergences": training.guard.returns,
@@ -757,26 +795,6 @@ def _metrics(
     if cloud.truth is not None:
         metrics["against_truth"] = compare_meshes(surface, cloud.truth)
     return metrics
-
-
-SIDES = 0.01  # in normalised units: beyond the noise of a scan, within what bounds a part
-
-
-@torch.no_grad()
-def _sign_change_share(training: Training) -> float:
-    """The share of the cloud across which F changes its sign, ``SIDES`` to either side.
-
-    Eq. 13 knows |F| alone, so a loss that is small says nothing of it: where F has the same sign on
-    both sides of the cloud, its zero level set is elsewhere, a film of bubbles, or a hole.
-    """
-    config = training.config
-    disks = training.disks or losses.fit_disks(training.cloud, config.neighbours)
-    step = SIDES * disks.normals
-    beside = torch.cat([disks.centers + step, disks.centers - step])
-    # In parts: the activations of a whole scan would be the largest memory of the command.
-    values = torch.cat([training.network(part)[:, 0] for part in beside.split(16_384)])
-    above, below = values.chunk(2)
-    return float((above * below < 0).double().mean())
 
 
 def _cloud_distance(cloud: Cloud, surface: trimesh.Trimesh) -> float:
