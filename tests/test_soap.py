@@ -1,11 +1,12 @@
 """The optimizer of the preset "fast"."""
 
 import copy
+import math
 
 import pytest
 import torch
 
-from levelset_ext.recipes.soap import Soap
+from levelset_ext.recipes.soap import Soap, _largest_quotient
 
 
 def test_the_first_step_is_the_polar_factor() -> None:
@@ -95,3 +96,34 @@ def test_bad_arguments_are_named() -> None:
         Soap(some, refresh=0)
     with pytest.raises(ValueError, match=r"betas: expected decays from 0 to below 1, got 1\.0"):
         Soap(some, betas=(0.9, 1.0))
+
+
+def test_no_step_is_larger_than_adam_could_make_it() -> None:
+    """Twenty small gradients, then a large one, all in directions of their own: when the bases turn
+    toward it, the mean squares are still those of the small ones. Without a bound the longest of
+    these steps is 1.6 times what 108 entries of lr make."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(12, 9))
+    optimizer = Soap([weight], lr=1.0, refresh=2)
+    longest = 0.0
+    for step in range(200):
+        out, into = torch.randn(12, 1, generator=random), torch.randn(1, 9, generator=random)
+        weight.grad = out @ into * (1e-3 if step % 20 else 1.0)
+        before = weight.detach().clone()
+        optimizer.step()
+        longest = max(longest, float((weight.detach() - before).norm()))
+    assert longest <= weight.numel() ** 0.5
+
+
+@pytest.mark.parametrize("betas", [(0.95, 0.95), (0.9, 0.99), (0.5, 0.6)])
+def test_the_bound_is_what_the_worst_gradients_reach(betas: tuple[float, float]) -> None:
+    """m is a weighted sum of gradients and v of their squares: g_i = a_i / b_i makes most of the
+    quotient, with a and b the weights."""
+    first, second = betas
+    age = torch.arange(4000, dtype=torch.float64)
+    a, b = (1 - first) * first**age, (1 - second) * second**age
+    kept = b > 1e-290
+    gradient = a[kept] / b[kept]
+    reached = float((a[kept] @ gradient) / (b[kept] @ gradient.square()).sqrt())
+    assert _largest_quotient(first, second) == pytest.approx(reached, rel=1e-9)
+    assert _largest_quotient(0.9, 0.81) == math.inf

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _largest_quotient(first: float, second: float) -> float:
+    """What a running mean over the root of a running mean of squares can be at most, by Cauchy and
+    Schwarz."""
+    if first**2 >= second:
+        return math.inf
+    return (1 - first) / math.sqrt((1 - second) * (1 - first**2 / second))
 
 
 class Soap(torch.optim.Optimizer):
@@ -16,6 +25,11 @@ class Soap(torch.optim.Optimizer):
     their eigenvectors, Adam's update is taken of U^T G V, and turned back. Columns of a hidden
     layer see strongly correlated inputs; in this basis they are about independent, which is what
     Adam's scaling of single numbers takes for granted. Other tensors than matrices get Adam.
+
+    No entry of that update is larger than Adam could make it, which is lr for equal betas. In a
+    basis that stands still none is; where a refreshment turns a direction of small gradients into
+    one of larger ones, the mean square is that of the small ones for a while, and the quotient is
+    not bounded by anything.
 
     A step costs ten products of matrices as large as the layers, and every ``refresh`` steps two QR
     factorisations each: little beside a batch of a thousand rows, much for layers of a thousand.
@@ -100,10 +114,12 @@ class Soap(torch.optim.Optimizer):
         seen = turned(gradient)
         state["square"].lerp_(seen * seen, 1 - second)
         scale = (state["square"] / (1 - second ** state["done"])).sqrt_().add_(group["eps"])
-        move = turned(state["mean"]) / scale
+        most = _largest_quotient(first, second)
+        move = turned(state["mean"]) / scale / (1 - first ** state["done"])
+        move.clamp_(-most, most)
         if matrix:
             move = state["left_basis"] @ move @ state["right_basis"].T
-        parameter.add_(move, alpha=-group["lr"] / (1 - first ** state["done"]))
+        parameter.add_(move, alpha=-group["lr"])
         if matrix and state["done"] % group["refresh"] == 0:
             self._refresh(state)
 
