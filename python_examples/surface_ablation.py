@@ -5,9 +5,9 @@
 
 SCANS is a folder as for surface_table.py: NAME.ply, and the true surfaces in truth/NAME.ply;
 without it there is one synthetic scan. Every variant is the preset "fast" with its schedules
-stretched to --steps, and the changes that VARIANTS names. A seed fixes the start of the network
-and the order of the samples, so that differences of two variants are paired by scan and seed. All
-take the same steps; what these cost stands beside it.
+stretched to --steps, and the changes that VARIANTS names. Differences
+of two variants are paired by scan and seed; where sizes are the same, a seed also fixes the start
+of the network and the samples. All take the same steps; what these cost stands beside it.
 
 runs.csv       every training: distances, pieces, genus, CPU seconds
 ablation.csv   per variant, over all pairs: means, and by how many percent the point-to-surface
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -42,6 +43,7 @@ from surface_table import Scan, Setting, read_scans, scored
 
 from levelset_ext.errors import InputError
 from levelset_ext.geometry import extract_mesh
+from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.reconstruct import ReconstructConfig, Training, preset
 
 # Name: what differs from the preset "fast".
@@ -76,8 +78,12 @@ def measured(name: str, scan: Scan, config: ReconstructConfig, how: Setting) -> 
     """Trains a network and compares its mesh with the truth."""
     began = time.process_time()
     training = Training(scan.cloud, config)
-    for _ in range(config.steps):
-        training.advance()
+    try:
+        for _ in range(config.steps):
+            training.advance()
+    except RuntimeError as error:  # diverged, and nothing helped: that is a result too
+        say(f"{scan.name}, {name}: {error}")
+        return {**dict.fromkeys(MEASURES, math.nan), "cpu_seconds": time.process_time() - began}
     spent = time.process_time() - began
     low, high = scan.points.min(0) - config.margin, scan.points.max(0) + config.margin
     mesh = extract_mesh(
@@ -163,7 +169,7 @@ def work(argv: Sequence[str] | None) -> None:
         how = replace(how, samples=2000, surface_samples=2000, dense_samples=20_000)
     plans = {
         (scan.name, name, args.seed + k): config_of(name, steps, args.seed + k, args.quick)
-        for k in range(seeds)  # a seed of all before the next, so that an early end leaves pairs
+        for k in range(seeds)
         for scan in scans
         for name in names
     }
@@ -182,7 +188,7 @@ def work(argv: Sequence[str] | None) -> None:
         ) -> dict[str, Any]:
             return measured(name, of[scan], config, how)
 
-        found = run.unit(f"{scan}-{list(VARIANTS).index(name)}-{seed}", one)
+        found = run.unit(f"{scan}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}", one)
         figures = {measure: found[measure] for measure in MEASURES}
         runs.append({"scan": scan, "variant": name, "seed": seed, "steps": steps, **figures})
     write_table(args.out / "runs.csv", runs)

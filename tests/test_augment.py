@@ -129,6 +129,10 @@ def test_bending_by_whole_pixels_and_right_angles_moves_pixels() -> None:
     assert torch.equal(bent(x, same, sharp=True), x)
     with pytest.raises(ValueError, match=r"maps: expected \(n, 2, 3\) for images"):
         bent(x, same[:1])
+    with pytest.raises(ValueError, match=r"x: expected floating-point images, got torch\.uint8"):
+        bent(x.byte(), same)
+    with pytest.raises(ValueError, match=r"second: expected the shape \(n, 2, 3\) of first"):
+        affine_between(same, same[:1])
 
 
 def test_bent_images_keep_their_range_and_sharp_ones_their_values() -> None:

@@ -113,6 +113,40 @@ def test_a_state_from_which_it_diverges_again_was_not_good() -> None:
     assert walk.at == walk.step
 
 
+def test_a_hundred_good_steps_follow_the_state_that_a_share_goes_back_to() -> None:
+    walk = Walk()
+    walk.take(375, 1.0, share=0.999)
+    walk.take(50, 1.0, share=0.9)  # the first bad window began at 375, the second at 400
+    assert [entry["back_to"] for entry in walk.guard.returns] == [200]
+
+
+def test_the_start_comes_back_only_when_nothing_else_is_left() -> None:
+    walk = Walk()
+    walk.take(150, 1.0, share=0.999)
+    walk.take(50, 1.0, share=0.9)
+    walk.take(50, 1.0, share=0.9)
+    assert [(e["step"], e["back_to"]) for e in walk.guard.returns] == [(200, 100), (250, 0)]
+
+
+def test_a_share_that_recovered_is_forgotten() -> None:
+    walk = Walk()
+    walk.take(300, 1.0, share=0.999)
+    walk.take(25, 1.0, share=0.9)  # one bad window
+    walk.take(200, 1.0, share=0.999)
+    walk.take(50, 8.0, share=0.999)
+    (entry,) = walk.guard.returns
+    assert "loss" in entry["reason"]
+    assert entry["back_to"] == 500
+
+
+def test_a_state_with_a_smaller_share_is_not_kept() -> None:
+    walk = Walk()
+    walk.take(375, 1.0, share=0.999)
+    walk.take(25, 1.0, share=0.98)  # not bad, and not as good as before
+    walk.take(50, 8.0, share=0.98)
+    assert walk.guard.returns[0]["back_to"] == 300
+
+
 def test_every_share_counts_and_the_message_names_the_one_that_fell() -> None:
     guard = Guard(nn.Linear(1, 1))
     guard.begin(0)
@@ -165,6 +199,19 @@ def test_a_guard_that_is_loaded_decides_the_same() -> None:
         one.take(80, 9.0)
     assert walk.guard.returns == again.guard.returns != []
     assert walk.at == again.at
+
+
+def test_a_guard_that_is_loaded_between_two_bad_windows_decides_the_same() -> None:
+    walk, again = Walk(), Walk()
+    for one in (walk, again):
+        one.take(375, 1.0, share=0.999)
+        one.take(25, 1.0, share=0.9)
+    again.guard = Guard(again.module, again.optimizer)
+    again.guard.load(walk.guard.state())
+    for one in (walk, again):
+        one.take(25, 1.0, share=0.9)
+    assert walk.guard.returns == again.guard.returns != []
+    assert walk.at == again.at == 200
 
 
 # --- whole runs -----------------------------------------------------------------------------
@@ -228,6 +275,10 @@ def test_a_reconstruction_that_loses_the_sign_of_its_network_comes_back(
     # What was seen last is in the checkpoint: a run that goes on decides by the same figures.
     state = load_checkpoint(tmp_path / "checkpoint.pt", recipe.KIND)["training"]
     assert state["counters"]["sign_changes"] == training.sign_changes
+    # The window after the return is about the weights that came back.
+    assert state["guard"]["_bad"] == 0
+    (_, shares), *_ = state["guard"]["_memory"][-2:]
+    assert shares["disks across which F changes its sign"] > 0.9
 
 
 def test_a_reconstruction_that_meets_nan_keeps_it_out_of_its_files(

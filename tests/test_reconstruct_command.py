@@ -211,25 +211,6 @@ def test_where_f_has_one_sign_is_counted() -> None:
     assert training.sign_change_share(disks, 3) == pytest.approx((cloud[::3, 0] < 0).mean())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "soap"])
-def test_waves_are_learnt_from_a_share_of_the_steps_on(optimizer: str) -> None:
-    config = replace(
-        SMALL, steps=10, frequencies=(5.0,), waves_from=0.5, optimizer=optimizer, skip=True
-    )
-    cloud = torch.from_numpy(small_cloud().points).float()
-    training = recipe.Training(cloud, config)
-    first = training.network.hidden[0].weight
-    start = first[:, -3:].clone()
-    for step in range(10):
-        waves = first[:, :-3].detach().clone()
-        training.advance()
-        assert torch.equal(first[:, :-3], waves) == (step < 5)
-        assert not torch.equal(first[:, -3:], start)
-    plain = recipe.Training(cloud, replace(config, frequencies=()))
-    plain.advance()  # there is nothing to hold
-    assert plain.network.hidden[0].weight.shape == (SMALL.width, 3)
-
-
 def test_same_seed_same_mesh_and_finished_runs_stay(whole_run: Path, tmp_path: Path) -> None:
     recipe.reconstruct(small_cloud(), tmp_path, SMALL)
     assert (tmp_path / "mesh.ply").read_bytes() == (whole_run / "mesh.ply").read_bytes()

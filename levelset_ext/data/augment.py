@@ -50,6 +50,9 @@ def rolled(x: Tensor, moves: Tensor) -> Tensor:
 
     Returns:
         New tensor of the shape, dtype and device of x.
+
+    Raises:
+        ValueError: the shapes are others.
     """
     if x.dim() != 4 or moves.shape != (len(x), 2):
         raise ValueError(
@@ -82,6 +85,9 @@ def random_affine(
     Returns:
         (n, 2, 3): pixel positions (right, down) relative to the center of the changed image
         -> those of the image it is read from. For :func:`bent`.
+
+    Raises:
+        ValueError: ``bend`` or ``shift`` is out of range.
     """
     if not 0 <= bend < 1:
         raise ValueError(f"bend: expected 0 <= bend < 1, got {bend}")
@@ -104,11 +110,20 @@ def affine_between(first: Tensor, second: Tensor) -> Tensor:
 
     Returns:
         (n, 2, 3): positions by ``second``, then back by ``first``.
+
+    Raises:
+        ValueError: the shapes are others.
     """
+    if first.dim() != 3 or first.shape[1:] != (2, 3) or second.shape != first.shape:
+        raise ValueError(
+            "second: expected the shape (n, 2, 3) of first, got shapes "
+            f"{tuple(second.shape)} and {tuple(first.shape)}"
+        )
     # In float64: a map that is undone at once is the identity to the last digit of float32.
-    back = torch.linalg.inv(first[:, :, :2].double())
-    linear = back @ second[:, :, :2].double()
-    moved = back @ (second[:, :, 2:] - first[:, :, 2:]).double()
+    one, other = first.double(), second.double()
+    back = torch.linalg.inv(one[:, :, :2])
+    linear = back @ other[:, :, :2]
+    moved = back @ (other[:, :, 2:] - one[:, :, 2:])
     return torch.cat([linear, moved], 2).to(first.dtype)
 
 
@@ -116,7 +131,7 @@ def bent(x: Tensor, maps: Tensor, *, sharp: bool = False) -> Tensor:
     """Every image under its affine map.
 
     Args:
-        x: (n, c, h, w).
+        x: (n, c, h, w), floating point.
         maps: (n, 2, 3), see :func:`random_affine`.
         sharp: False interpolates by cubics, zeros come in at the border, and what overshoots is
             clipped to the range of the image and 0: for images. True takes the nearest pixel, at
@@ -125,7 +140,12 @@ def bent(x: Tensor, maps: Tensor, *, sharp: bool = False) -> Tensor:
 
     Returns:
         New tensor of the shape, dtype and device of x.
+
+    Raises:
+        ValueError: shapes or dtype are others.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected floating-point images, got {x.dtype}")
     if x.dim() != 4 or maps.shape != (len(x), 2, 3):
         raise ValueError(
             "maps: expected (n, 2, 3) for images (n, c, h, w), got shapes "

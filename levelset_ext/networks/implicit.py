@@ -138,14 +138,6 @@ class ImplicitMLP(nn.Module):
         self.last.bias.fill_(float((r - radius - values / slope).mean()))
         return self
 
-    def hold_waves_(self) -> None:
-        """Takes the gradient of what the first layer reads of the waves to 0: a step moves the rest
-        alone. Coarse first: what no point shows is then decided by x, which says less about it than
-        waves do, and is smooth."""
-        gradient = self._layers()[0].weight.grad
-        if self.frequencies and gradient is not None:
-            gradient[:, : -self.dim] = 0.0
-
     def forward(self, x: Tensor) -> Tensor:
         """(n, dim) -> (n, outputs)."""
         # The hidden state is carried as beta h: beta then multiplies vectors of biases instead of

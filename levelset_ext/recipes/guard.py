@@ -40,7 +40,8 @@ class Guard:
     halved for the rest of the run, and everything else (step, schedules, random numbers) goes on.
     A share shows late what has gone wrong, so a state is good against that only if a hundred good
     steps followed it; one from which the run diverges once more was not good at all, and the one
-    before it is next. After four returns the run ends with an error. What is decided depends on the
+    before it is next. The weights of the start, which lose everything, come back only if nothing
+    else is left. After four returns the run ends with an error. What is decided depends on the
     figures of the steps alone, so a run that is resumed decides the same.
 
     Args:
@@ -68,7 +69,7 @@ class Guard:
         self._before = math.inf  # a good state is not later
 
     def begin(self, step: int) -> None:
-        """Before the first step: the starting weights are the first good state."""
+        """Before the first step: the starting weights are what is left if no state is good."""
         if self.active and not self._anchors:
             self._keep(step)
 

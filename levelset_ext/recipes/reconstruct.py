@@ -73,7 +73,6 @@ class ReconstructConfig:
     beta: float = 60.0
     skip: bool = False
     frequencies: tuple[float, ...] = ()
-    waves_from: float = 0.0  # share of the steps before their waves are learnt
     start: str = "sphere"  # or "paper"
     start_radius: float = 0.64
     # Eq. 13
@@ -123,8 +122,8 @@ class ReconstructConfig:
 PRESETS: dict[str, ReconstructConfig] = {
     # At a rate of 7e-3 the bunny diverged; the guard is there for scans not tried yet.
     "fast": ReconstructConfig(
-        steps=8000,
-        lam_steps=8000,
+        steps=10_000,
+        lam_steps=10_000,
         frequencies=(12.0, 24.0),
         distance="disks",
         optimizer="soap",
@@ -438,8 +437,6 @@ class Training:
         if usable:
             loss.total.backward()
             self.ranks.add_gradients(self.network.parameters())
-            if self.step < config.waves_from * config.steps:
-                self.network.hold_waves_()
             usable = finite_gradient(self.network.parameters())
         if usable:
             self.optimizer.step()
@@ -460,6 +457,7 @@ class Training:
         self.projected_rows += rows
         self.rank_deficient_rows += deficient
         self.step += 1
+        returns = len(self.guard.returns)
         self.guard.after(
             self.step,
             float(loss.levels.sum() + loss.cloud),  # without lambda, which grows
@@ -467,6 +465,8 @@ class Training:
             shares={"converged projections": converged / rows, **self._sides()},
             last=self.step == config.steps,
         )
+        if len(self.guard.returns) > returns:
+            self.sign_changes = None  # was of the weights that are gone
         return loss
 
     def _sides(self) -> dict[str, float]:
@@ -488,7 +488,7 @@ class Training:
 
         Args:
             disks: of the cloud.
-            apart: every so manieth disk is looked at.
+            apart: 1 looks at every disk, k at one of k.
         """
         centers, step = disks.centers[::apart], SIDES * disks.normals[::apart]
         beside = torch.cat([centers + step, centers - step])
