@@ -171,7 +171,7 @@ def _autoattack(
     )  # fmt: skip
 
 
-_LONG_RUNS = ("ours", "first", "longer", "bent", "madry")
+_LONG_RUNS = ("ours", "first", "longer", "madry")
 # On MNIST nothing of the others is left before AutoAttack's turn comes.
 _ATTACKED = ("ours", "madry", "trades", "mma", "llr")
 _BENCH = ("newton", "false-position", "train-step", "nearest", "ops")
@@ -324,11 +324,6 @@ RESULTS: tuple[Result, ...] = (
                 "levelset-ext train robust --data $MNIST --out $OUT/longer --init "
                 f"$OUT/ours/checkpoint.pt --epochs 34 --lr 3e-3 {_LONGER} --resume"
             ),
-            Step(
-                "levelset-ext train robust --data $MNIST --out $OUT/bent --init "
-                f"$OUT/longer/checkpoint.pt --epochs 33 --lr 2.5e-3 {_LONGER} --set bend=0.15 "
-                "--resume"
-            ),
             Step("levelset-ext train madry --data $MNIST --out $OUT/madry --resume"),
             *(
                 Step(
@@ -351,7 +346,7 @@ RESULTS: tuple[Result, ...] = (
                 },
             ),
         ),
-        minutes=500,
+        minutes=380,
         full=(
             _example(
                 "table1_robustness",
