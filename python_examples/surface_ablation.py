@@ -103,6 +103,8 @@ def summary(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[s
     rows = []
     for name in names:
         row: dict[str, Any] = {"variant": name, "runs": len(of[name])}
+        row["scans"] = " ".join(dict.fromkeys(run["scan"] for run in of[name]))
+        row["steps"] = of[name][0]["steps"]
         for measure in ("point_to_surface", "normal_consistency", "cpu_seconds"):
             row[measure] = interval([run[measure] for run in of[name]])[0]
         row["torn"] = sum(run["components"] != 1 for run in of[name])

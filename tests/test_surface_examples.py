@@ -383,7 +383,7 @@ def test_ablation_pairs_scans_and_seeds(
         assert float(row["point_to_surface"]) == pytest.approx(sum(own) / 2, rel=1e-4)
         more = [100 * (a / b - 1) for a, b in zip(own, ours, strict=True)]
         assert float(row["further"]) == pytest.approx(sum(more) / 2, rel=1e-3, abs=1e-6)
-        assert row["runs"] == "2"
+        assert (row["runs"], row["scans"], row["steps"]) == ("2", "ring", "4")
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
 
     def never(*_: object) -> None:
@@ -410,7 +410,7 @@ def test_every_variant_of_the_ablation_trains() -> None:
 
 
 def test_a_run_without_a_surface_counts_as_torn() -> None:
-    run = {"normal_consistency": 0.9, "cpu_seconds": 1.0, "genus": 0}
+    run = {"normal_consistency": 0.9, "cpu_seconds": 1.0, "genus": 0, "scan": "ring", "steps": 4}
     runs = [
         {**run, "variant": "ours", "point_to_surface": 1.0, "components": 1},
         {**run, "variant": "p = 1", "point_to_surface": float("nan"), "components": float("nan")},

@@ -246,12 +246,13 @@ RESULTS: tuple[Result, ...] = (
         (
             _example(
                 "surface_ablation",
-                "$SCANS --scans homer,rocker-arm",
+                "$SCANS --scans homer --steps 1000 --variants 'no waves,Adam,distance to points,"
+                "p = 1,flat rows count,lambda 1 throughout'",
                 ablation__csv=_data("surface_ablation.csv"),
                 ablation__png=_image("surface_ablation.png"),
             ),
         ),
-        minutes=80,
+        minutes=20,
         seeds="0 to 2",
     ),
     Result(

@@ -185,10 +185,10 @@ def ablation(book: Book) -> str:
         )
     head = ["variant", "CPU s", "point to surface", "further away, %", "normals", "torn"]
     return (
-        f"Means of {found[0]['runs']} pairs, homer and rocker-arm with the same seeds, and 1500 "
-        "steps of the preset `fast` instead of the whole. By how much further away than ours is "
-        "paired, ± half of a 95 % interval (Student's t), in bold where that leaves 0 out. Torn: "
-        "runs that end in other than one piece.\n\n" + table(head, rows)
+        f"Means of {found[0]['runs']} runs ({found[0]['scans'].replace(' ', ', ')}), "
+        f"{found[0]['steps']} steps each with the schedules of the preset `fast`. By how much "
+        "further away than ours is paired, ± half of a 95 % interval (Student's t), in bold where "
+        "that leaves 0 out. Torn: runs that end in other than one piece.\n\n" + table(head, rows)
     )
 
 
