@@ -605,12 +605,13 @@ RESULTS: tuple[Result, ...] = (
         (
             Step(
                 "python python_examples/figure2_fractions.py --out $OUT --data $CIFAR "
-                "--network convnet-2a --fractions 0.001,0.002,0.005 --seeds 5 --trial-seeds 1 "
-                "--epochs 100 --test-rows 2000 --candidates 2 --warm 0.25 --resume",
+                "--network convnet-2a --fractions 0.001,0.002,0.005,0.01 --seeds 5 "
+                "--trial-seeds 1 --epochs 100 --most-steps 800 --test-rows 2000 --candidates 2 "
+                "--warm 0.25 --resume",
                 {"accuracy.csv": _data("figure2_cifar10.csv")},
             ),
         ),
-        minutes=30,
+        minutes=45,
         seeds="0 to 4",
         full=(
             _example(
