@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,28 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     return mean, float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def chosen_variants(text: str | None, known: Iterable[str], usual: Iterable[str]) -> list[str]:
+    """The names of an ablation in ``text``, comma-separated, or the usual ones; "ours" first."""
+    known = list(known)
+    chosen = [name.strip() for name in (text or "").split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise InputError(f"variants: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    return list(dict.fromkeys(["ours", *(chosen or usual)]))
+
+
+def write_ablation(
+    out: Path,
+    runs: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    draw: Callable[[Sequence[dict[str, Any]], Path], None],
+) -> None:
+    """The files of an ablation: every run, a row per variant, and the picture of those rows."""
+    write_table(out / "runs.csv", runs)
+    write_table(out / "ablation.csv", rows)
+    draw(rows, out / "ablation.png")
 
 
 def quantiles(values: torch.Tensor, shares: Sequence[float]) -> list[float]:

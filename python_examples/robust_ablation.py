@@ -40,11 +40,12 @@ from _shared import (
     GREY,
     Run,
     arguments,
+    chosen_variants,
     command,
     interval,
     pyplot,
     save_picture,
-    write_table,
+    write_ablation,
 )
 from table1_robustness import DIGITS
 from table1_robustness import QUICK as TABLE_QUICK
@@ -163,11 +164,7 @@ def work(argv: Sequence[str] | None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     add_attack_options(parser)
     args = parser.parse_args(argv)
-    chosen = [name.strip() for name in (args.variants or "").split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in VARIANTS]
-    if unknown:
-        raise InputError(f"variants: expected some of {', '.join(VARIANTS)}, got {unknown[0]!r}")
-    names = list(dict.fromkeys(["ours", *(chosen or (QUICK if args.quick else VARIANTS))]))
+    names = chosen_variants(args.variants, VARIANTS, QUICK if args.quick else VARIANTS)
     seeds = args.seeds if args.seeds is not None else (2 if args.quick else 5)
     if seeds < 1:
         raise InputError(f"seeds: expected at least 1, got {seeds}")
@@ -200,10 +197,7 @@ def work(argv: Sequence[str] | None) -> None:
         found = run.unit(unit, one)
         figures = {key: found[key] for key in (*MEASURES, "cpu_seconds")}
         runs.append({"variant": name, "seed": args.seed + seed, **figures})
-    write_table(args.out / "runs.csv", runs)
-    rows = summary(runs, names)
-    write_table(args.out / "ablation.csv", rows)
-    draw(rows, args.out / "ablation.png")
+    write_ablation(args.out, runs, summary(runs, names), draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

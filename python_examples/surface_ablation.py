@@ -5,9 +5,9 @@
 
 SCANS is a folder as for surface_table.py: NAME.ply, and the true surfaces in truth/NAME.ply;
 without it there is one synthetic scan. Every variant is the preset "fast" with its schedules
-stretched to --steps, and the changes that VARIANTS names. Differences
-of two variants are paired by scan and seed; where sizes are the same, a seed also fixes the start
-of the network and the samples. All take the same steps; what these cost stands beside it.
+stretched to --steps, and the changes that VARIANTS names. Differences of two variants are paired
+by scan and seed; where sizes are the same, a seed also fixes the start of the network and the
+samples. All take the same steps; what these cost stands beside it.
 
 runs.csv       every training: distances, pieces, genus, CPU seconds
 ablation.csv   per variant, over all pairs: means, and by how many percent the point-to-surface
@@ -33,11 +33,12 @@ from _shared import (
     GREY,
     Run,
     arguments,
+    chosen_variants,
     command,
     interval,
     pyplot,
     save_picture,
-    write_table,
+    write_ablation,
 )
 from surface_table import Scan, Setting, read_scans, scored
 
@@ -85,16 +86,11 @@ def measured(name: str, scan: Scan, config: ReconstructConfig, how: Setting) -> 
         say(f"{scan.name}, {name}: {error}")
         return {**dict.fromkeys(MEASURES, math.nan), "cpu_seconds": time.process_time() - began}
     spent = time.process_time() - began
-    low, high = scan.points.min(0) - config.margin, scan.points.max(0) + config.margin
-    mesh = extract_mesh(
-        training.network, (low.tolist(), high.tolist()), resolution=config.resolution
-    )
+    box = (training.low.tolist(), training.high.tolist())
+    mesh = extract_mesh(training.network, box, resolution=config.resolution)
     compared = scored(name, mesh.vertices, mesh.faces, scan, how)
-    found: dict[str, Any] = {"cpu_seconds": spent}
-    for measure in MEASURES:
-        if measure not in found:
-            found[measure] = math.nan if compared is None else compared[measure]
-    return found
+    found = dict.fromkeys(MEASURES, math.nan) if compared is None else compared
+    return {**{key: found[key] for key in MEASURES if key != "cpu_seconds"}, "cpu_seconds": spent}
 
 
 def summary(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -142,11 +138,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def plan(args: argparse.Namespace) -> tuple[list[str], int, int]:
     """Variants, seeds and steps of the command line."""
-    chosen = [name.strip() for name in (args.variants or "").split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in VARIANTS]
-    if unknown:
-        raise InputError(f"variants: expected some of {', '.join(VARIANTS)}, got {unknown[0]!r}")
-    names = list(dict.fromkeys(["ours", *(chosen or (QUICK if args.quick else VARIANTS))]))
+    names = chosen_variants(args.variants, VARIANTS, QUICK if args.quick else VARIANTS)
     seeds = args.seeds if args.seeds is not None else (2 if args.quick else 3)
     steps = args.steps if args.steps is not None else (30 if args.quick else 1500)
     for what, value in (("seeds", seeds), ("steps", steps)):
@@ -193,10 +185,7 @@ def work(argv: Sequence[str] | None) -> None:
         found = run.unit(f"{scan}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}", one)
         figures = {measure: found[measure] for measure in MEASURES}
         runs.append({"scan": scan, "variant": name, "seed": seed, "steps": steps, **figures})
-    write_table(args.out / "runs.csv", runs)
-    rows = summary(runs, names)
-    write_table(args.out / "ablation.csv", rows)
-    draw(rows, args.out / "ablation.png")
+    write_ablation(args.out, runs, summary(runs, names), draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
