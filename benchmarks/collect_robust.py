@@ -2,7 +2,8 @@
 
     python benchmarks/collect_robust.py DIR NAME ... --json FILE --history FILE
 
-DIR/NAME is a training, DIR/NAME-pgd and DIR/NAME-autoattack are attacks on its network.
+DIR/NAME is a training, DIR/NAME-pgd and DIR/NAME-autoattack are attacks on its network. The second
+may be missing for the names of --without-autoattack alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ TRAINING = (
     "clean_accuracy", "epochs", "last_epoch", "peak_memory_gb", "skipped_steps", "steps",
     "test_rows", "threads", "training_seconds", "cpu_seconds",
 )  # fmt: skip
-ATTACK = ("alarms", "attacks", "clean_accuracy", "robust_accuracy", "rows", "seconds", "settings")
+ATTACK = (
+    "alarms", "attacks", "clean_accuracy", "every", "robust_accuracy", "rows", "seconds",
+    "settings",
+)  # fmt: skip
 HISTORY = (
     "step", "epoch", "crossed", "converged", "accuracy", "distance", "clean_accuracy",
 )  # fmt: skip
@@ -30,14 +34,15 @@ def read(file: Path, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: content[name] for name in names if name in content}
 
 
-def one(folder: Path, name: str) -> dict[str, Any]:
+def one(folder: Path, name: str, strongly: bool) -> dict[str, Any]:
     settings = json.loads((folder / name / "config.json").read_text())["settings"]
+    strong = folder / f"{name}-autoattack" / "metrics.json"
     return {
         "objective": settings["objective"],
         "settings": settings,
         "training": read(folder / name / "metrics.json", TRAINING),
         "pgd": read(folder / f"{name}-pgd" / "metrics.json", ATTACK),
-        "autoattack": read(folder / f"{name}-autoattack" / "metrics.json", ATTACK),
+        "autoattack": read(strong, ATTACK) if strongly else None,
     }
 
 
@@ -59,12 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--without-autoattack", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--json", required=True, type=Path, metavar="FILE")
     parser.add_argument("--history", required=True, type=Path, metavar="FILE")
     args = parser.parse_args()
     result = {
         "build": build_info(),
-        "runs": {name: one(args.folder, name) for name in args.names},
+        "runs": {
+            name: one(args.folder, name, name not in args.without_autoattack) for name in args.names
+        },
         "what": "levelset-ext train, preset fast, then levelset-ext attack",
     }
     args.json.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,55 @@ def _compare(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
 
 
+def _trim(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from levelset_ext.data.meshes import read_mesh, write_mesh
+    from levelset_ext.data.scans import read_points
+    from levelset_ext.geometry.trim import trim_mesh
+
+    share, out = args.distance, Path(args.out)
+    if share is None and args.smallest is None:
+        raise InputError("distance, smallest: expected one of them or both, got neither")
+    if (share is None) != (args.scan is None):
+        raise InputError(
+            "scan: expected one for --distance, got none"
+            if args.scan is None
+            else f"distance: expected one for the scan {args.scan}, got none"
+        )
+    if share is not None and not (0 < share < math.inf):
+        raise InputError(f"distance: expected a share > 0, got {share}")
+    if out.suffix.lower() != ".ply" or out.is_dir():
+        raise InputError(f"out: expected a file NAME.ply to write, got {out}")
+    if args.scan is not None and out.exists() and out.samefile(args.scan):
+        raise InputError(f"out: expected another file than the scan, got {out}")
+    mesh, points, length = read_mesh(args.mesh), None, math.inf
+    if args.scan is not None:
+        points = read_points(args.scan)
+        diagonal = float(np.linalg.norm(np.ptp(points, axis=0)))
+        if not diagonal > 0:
+            raise InputError(f"{args.scan}: expected points in different places, got one place")
+        length = share * diagonal
+    try:
+        left = trim_mesh(mesh, points, length, args.smallest or 0.0)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if not len(left.faces):
+        raise InputError(
+            f"{args.mesh}: expected faces within {length:.3g} of {args.scan} ({share:g} of its "
+            "diagonal), got none; is it in the same units?"
+        )
+    write_mesh(out, left.vertices, left.faces)
+    found = {
+        "distance": length if math.isfinite(length) else None,
+        "far": left.far,
+        "pieces": left.pieces,
+        "vertices": len(left.vertices),
+        "faces": len(left.faces),
+    }
+    print(json.dumps(found, indent=2))
+
+
 def _info(args: argparse.Namespace) -> None:
     print(json.dumps(system_info(), indent=2))
 
@@ -184,6 +234,29 @@ def _parser() -> _Parser:
     one.add_argument("--samples", type=int, default=30_000, help="points drawn from each surface")
     one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.set_defaults(run=_compare)
+
+    one = commands.add_parser(
+        "trim",
+        help="a mesh without what no point is near to, or without small pieces",
+        description="A level set closes where a scan ends. This takes the lids off again, and "
+        "bubbles, and writes the rest as PLY. What was taken off goes to stdout, as JSON.",
+    )
+    one.add_argument("mesh", metavar="MESH")
+    one.add_argument("scan", nargs="?", metavar="SCAN", help="the points, for --distance")
+    one.add_argument("--out", required=True, metavar="FILE", help="PLY to write")
+    one.add_argument(
+        "--distance",
+        type=float,
+        metavar="D",
+        help="faces further from every point go; a share of the diagonal of the scan, such as 0.01",
+    )
+    one.add_argument(
+        "--smallest",
+        type=float,
+        metavar="S",
+        help="pieces with less than this share of the area go, such as 0.001",
+    )
+    one.set_defaults(run=_trim)
 
     add_train_command(commands)
     add_attack_command(commands)

@@ -16,7 +16,8 @@ poisson    screened Poisson, depth 8, normals from 16 neighbours (needs pymeshla
 What is trained gets --seconds of CPU time of one thread each (or --steps, to get the same figures
 again); meshes are made after that. Sizes are what a CPU can do in minutes (see _surfaces.py):
 AtlasNet's layers have a quarter of the published width, IGR's network is that of the preset. The
-distances are those of ``levelset-ext compare``.
+distances are those of ``levelset-ext compare``. Where the true surface is open, all meshes are
+compared once more without what ``levelset-ext trim --distance 0.01`` takes off.
 
 DIR/surface_table.md, .json   distances, topology and seconds of every scan and method
 DIR/surface_table.png         a row per scan: the cloud, the truth and all meshes, above each its
@@ -52,6 +53,7 @@ from levelset_ext.data.scans import Normalization, synthetic_scan
 from levelset_ext.errors import InputError
 from levelset_ext.geometry import preview
 from levelset_ext.geometry.compare import compare_meshes
+from levelset_ext.geometry.trim import trim_mesh
 from levelset_ext.recipes.files import read_json, write_json
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.reconstruct import Cloud, load_cloud
@@ -72,6 +74,7 @@ PUBLISHED = {
     "patches": (11.54, 7.89),
     "ours": (10.71, 7.32),
 }
+TRIM = 0.01  # of the diagonal of the cloud
 PANEL, SCALE = 250, 2  # pixels; drawn larger, then averaged down
 BAND = 26  # pixels above the panels, for the captions
 FILL = 0.88
@@ -158,6 +161,14 @@ def one_method(method: str, scan: Scan, how: Setting, runs: Path) -> dict[str, A
     return found
 
 
+def without_lids(method: str, scan: Scan, found: dict[str, Any], how: Setting) -> dict[str, Any]:
+    """The distances of a mesh without what no point is near to."""
+    length = TRIM * float(np.linalg.norm(np.ptp(scan.points, axis=0)))
+    mesh = trimesh.Trimesh(found["vertices"].double().numpy(), found["faces"], process=False)
+    left = trim_mesh(mesh, scan.points, length)
+    return {"compare": scored(f"{method}, trimmed", left.vertices, left.faces, scan, how)}
+
+
 def scored(
     method: str, vertices: np.ndarray, faces: np.ndarray, scan: Scan, how: Setting
 ) -> dict[str, Any] | None:
@@ -181,12 +192,16 @@ def scored(
 
 def figures(found: dict[str, Any]) -> dict[str, Any]:
     """What goes into the JSON file: lengths over the diagonal of the truth."""
-    compared = found["compare"] or {}
+    more = {}
+    if "trimmed" in found:
+        more["trimmed"] = _relative(found["trimmed"]["compare"] or {})
+    times = {key: found[key] for key in ("steps", "training_seconds", "mesh_seconds")}
+    return {**_relative(found["compare"] or {}), **times, **more}
+
+
+def _relative(compared: dict[str, Any]) -> dict[str, Any]:
     left = ("chamfer_l1", "chamfer_l2", "diagonal", "two_sided_mean")  # of the unit box, or twice
-    return {
-        **{key: value for key, value in compared.items() if key not in left},
-        **{key: found[key] for key in ("steps", "training_seconds", "mesh_seconds")},
-    }
+    return {key: value for key, value in compared.items() if key not in left}
 
 
 HEAD = (
@@ -233,6 +248,8 @@ def markdown(
                 f"{row['mesh_seconds'] + (0 if row['steps'] else row['training_seconds']):.0f} s",
             )
             text += table_row(scan, METHODS[method], row, seconds)
+            if "trimmed" in row:
+                text += table_row(scan, f"{METHODS[method]}, trimmed", row["trimmed"], ["", "", ""])
         if scan in full:
             run = full[scan]
             seconds = (str(run["steps"]), f"{run['wall_seconds']:.0f} s, 2 threads, with mesh", "")
@@ -388,12 +405,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     full = read_json(args.fast_results)["scans"] if args.fast_results else {}
     torch.set_num_threads(1)
     scans = read_scans(args.data, args.scans, args.quick, args.seed)
-    run = Run(args.out, "surface-table", vars(how), len(scans) * len(args.methods), args.resume)
+    count = sum(1 if scan.truth.is_watertight else 2 for scan in scans) * len(args.methods)
+    run = Run(args.out, "surface-table", vars(how), count, args.resume)
     units: dict[str, dict[str, dict[str, Any]]] = {}
     for scan in scans:
         for method in args.methods:
             compute = partial(one_method, method, scan, how, args.out / "runs")
             found = run.unit(f"{scan.name}-{scan.raw.digest[:8]}-{method}", compute)
+            if not scan.truth.is_watertight:
+                compute_trimmed = partial(without_lids, method, scan, found, how)
+                name = f"{scan.name}-{scan.raw.digest[:8]}-{method}-trimmed"
+                found = {**found, "trimmed": run.unit(name, compute_trimmed)}
             units.setdefault(scan.name, {})[method] = found
     results = {
         scan: {method: figures(found) for method, found in some.items()}

@@ -83,6 +83,32 @@ def test_json_and_files(
     assert int((~stored["success"]).sum()) == standing
 
 
+def test_each_so_many_th_image(
+    checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, some = tmp_path / "whole", tmp_path / "some"
+    assert main(command(checkpoint, data, "--out", str(whole))) == 0
+    capsys.readouterr()
+    assert main(command(checkpoint, data, "--out", str(some), "--every", "3")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["rows"], printed["every"]) == (7, 3)
+    assert json.loads((some / "config.json").read_text())["every"] == 3
+    tables = []
+    for folder in (whole, some):
+        with (folder / "examples.csv").open() as stream:
+            tables.append(list(csv.DictReader(stream)))
+    assert [int(row["row"]) for row in tables[1]] == list(range(0, 20, 3))
+    images = {folder: np.load(folder / "adversarial.npz") for folder in (whole, some)}
+    assert images[some]["rows"].tolist() == list(range(0, 20, 3))
+    # The random starts are those of the rows in the split.
+    assert np.allclose(images[some]["adversarial"], images[whole]["adversarial"][::3], atol=1e-6)
+    for row in tables[1]:
+        same = tables[0][int(row["row"])]
+        for name in ("label", "outcome", "broken_by", "step", "prediction"):
+            assert row[name] == same[name], name
+        assert float(row["clean_margin"]) == pytest.approx(float(same["clean_margin"]), abs=1e-6)
+
+
 def test_goes_on_where_it_was_interrupted(
     checkpoint: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +118,7 @@ def test_goes_on_where_it_was_interrupted(
     evaluate, calls = recipe.evaluate, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["first_row"])
+        calls.append(kwargs["rows"][0])
         if len(calls) == 3:
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)

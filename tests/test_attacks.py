@@ -279,7 +279,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert torch.equal(whole.success, small.success)
     assert torch.allclose(whole.adversarial, small.adversarial)
     assert torch.equal(whole.step, small.step)
-    tail = attacks.evaluate(network, x[20:], y[20:], names, first_row=20, **settings)
+    tail = attacks.evaluate(network, x[20:], y[20:], names, rows=range(20, 30), **settings)
     assert torch.allclose(whole.adversarial[20:], tail.adversarial)
     other = attacks.evaluate(network, x, y, names, **{**settings, "seed": 6})
     assert not torch.allclose(whole.adversarial, other.adversarial)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 from levelset_ext import cli  # noqa: E402
 from tools.results import __main__ as main_module  # noqa: E402
-from tools.results import page, registry, runner  # noqa: E402
+from tools.results import page, registry, robustness, runner  # noqa: E402
 from tools.results.registry import RESULTS, Result, Step  # noqa: E402
 from tools.results.tables import NOT_RUN, Book, Comparison, Files, fixed, table  # noqa: E402
 
@@ -83,6 +85,67 @@ def test_comparisons_know_who_is_ahead() -> None:
     assert (book.found[0].who, book.found[0].other) == ("x", 1.0)
     book.compare("a", 3.0, {"none": float("nan")}, text, low=True)
     assert len(book.found) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "every", "text"),
+    [
+        (10_000, 1, "all 10000 test images"),
+        (500, 1, "the first 500 test images"),
+        (1000, 10, "1000 test images, one in 10"),
+        (500, 10, "the first 500 test images, one in 10"),
+    ],
+)
+def test_which_images_were_looked_at(rows: int, every: int, text: str) -> None:
+    assert robustness._some(rows, every, "MNIST") == text
+
+
+def test_a_network_that_autoattack_has_not_seen(tmp_path: Path) -> None:
+    folder = tmp_path / registry.FILES
+    folder.mkdir(parents=True)
+    stored = json.loads((ROOT / registry.FILES / "robust_mnist.json").read_text())
+    stored["runs"]["first"]["autoattack"] = None
+    stored["runs"]["madry"]["autoattack"] |= {"rows": 2000, "every": 5}
+    (folder / "robust_mnist.json").write_text(json.dumps(stored))
+    text = robustness.robust_mnist(Book(Files(tmp_path)))
+    (line,) = (line for line in text.splitlines() if "first settings" in line)
+    assert line.endswith("| - | - |")
+    assert "AutoAttack, 2000 test images, one in 5" in text
+    stored["runs"]["ours"]["autoattack"] = None
+    (folder / "robust_mnist.json").write_text(json.dumps(stored))
+    book = Book(Files(tmp_path))
+    assert (
+        sum(line.endswith("| - | - |") for line in robustness.robust_mnist(book).splitlines()) == 2
+    )
+    assert not any("51 min: AutoAttack" in one.what for one in book.found)
+    assert f"AutoAttack {NOT_RUN} and " in robustness.answer(book)
+
+
+def test_collecting_runs(tmp_path: Path) -> None:
+    def write(folder: str, name: str, content: dict[str, Any]) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(json.dumps(content))
+
+    for name in ("a", "b"):
+        write(name, "config.json", {"settings": {"objective": "madry"}})
+        write(name, "metrics.json", {"steps": 7, "other": 1})
+        (tmp_path / name / "history.csv").write_text("step,loss\n1,2\n")
+        write(f"{name}-pgd", "metrics.json", {"rows": 20, "every": 5, "build": {}})
+    write("a-autoattack", "metrics.json", {"rows": 10, "robust_accuracy": 0.5})
+    words = [str(tmp_path), "a", "b", "--json", str(tmp_path / "all.json")]
+    words += ["--history", str(tmp_path / "all.csv")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "collect_robust.py"), *words]
+    place = {**os.environ, "PYTHONPATH": str(ROOT)}
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, env=place)
+    assert failed.returncode != 0
+    assert "b-autoattack" in failed.stderr
+    assert not (tmp_path / "all.json").exists()
+    subprocess.run([*command, "--without-autoattack", "b"], check=True, env=place)
+    found = json.loads((tmp_path / "all.json").read_text())["runs"]
+    assert found["a"]["autoattack"] == {"rows": 10, "robust_accuracy": 0.5}
+    assert found["b"]["autoattack"] is None
+    assert found["b"]["training"] == {"steps": 7}
+    assert found["b"]["pgd"] == {"rows": 20, "every": 5}
 
 
 def test_a_bar_in_a_cell_does_not_end_it() -> None:

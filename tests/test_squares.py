@@ -1,11 +1,15 @@
 """Random search by squares: what it changes, what it finds, and its place in the trainings."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from levelset_ext.attacks import pgd, search_squares
+from levelset_ext.attacks.pgd import Settings, climb
 from levelset_ext.objectives import Madry, Robust
+from levelset_ext.objectives.common import search_in_box
 
 EPS = 0.25
 
@@ -58,6 +62,9 @@ def test_the_value_never_falls_and_the_bounds_hold():
         assert float((x + d).max()) <= 1 + 1e-12
         return (weights * d).sum((1, 2, 3))
 
+    known = search_squares(value, x, delta, EPS, 20, torch.Generator().manual_seed(3), value(delta))
+    found = search_squares(value, x, delta, EPS, 20, torch.Generator().manual_seed(3))
+    assert torch.equal(known, found)
     found = delta
     for _ in range(5):
         before, found = value(found), search_squares(value, x, found, EPS, 20, generator)
@@ -165,3 +172,26 @@ def test_a_training_sees_where_the_squares_end(objective):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("squares", [0, 3])
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_search_evaluates_nothing_twice(squares, keep_best):
+    x, generator = images()
+    weights = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    seen = []
+
+    def value(d):
+        seen.append(d.detach().clone())
+        return (weights * d - d.square()).sum((1, 2, 3))
+
+    begin = start(x, generator)
+    settings = Settings(EPS, 0.07, 4, keep_best=keep_best)
+    found = search_in_box(value, x, begin, settings, squares, torch.Generator().manual_seed(3))
+    # What the steps started from, their ends if their value is asked for, the proposals.
+    assert len(seen) == 4 + (keep_best or squares > 0) + squares
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    ends = climb(value, x, begin, settings)
+    if squares:
+        ends = search_squares(value, x, ends, EPS, squares, torch.Generator().manual_seed(3))
+    assert torch.equal(found, ends)

@@ -232,6 +232,40 @@ def test_table_of_one_scan(
         surface_table.main([*command, "--resume", "--steps", "13"])
 
 
+def test_open_truth_is_compared_without_lids(tmp_path: Path) -> None:
+    """Half a torus; a closed surface around it has to cross where there are no points."""
+    (tmp_path / "truth").mkdir()
+    truth = torus()
+    truth = truth.submesh([np.flatnonzero(truth.triangles_center[:, 0] > 0)], append=True)
+    truth.export(tmp_path / "truth" / "half.ply")
+    points = trimesh.sample.sample_surface(truth, 3000, seed=0)[0]
+    trimesh.PointCloud(points).export(tmp_path / "half.ply")
+    out = tmp_path / "out"
+    command = [str(tmp_path), "--out", str(out), "--quick", "--steps", "30", "--methods", "sphere"]
+    surface_table.main(command)
+    row = json.loads((out / "surface_table.json").read_text())["scans"]["half"]["sphere"]
+    assert row["watertight"]
+    assert not row["trimmed"]["watertight"]
+    assert row["trimmed"]["faces"] < row["faces"]
+    assert set(row["trimmed"]) < set(row)
+    assert row["trimmed"]["point_to_surface"] < row["point_to_surface"]
+    table = (out / "surface_table.md").read_text()
+    assert f"{1e3 * row['trimmed']['point_to_surface']:.2f}" in table
+    assert "AtlasNet, 1 sphere, trimmed" in table
+
+
+def test_a_mesh_of_which_nothing_is_left() -> None:
+    scan = surface_table.scan_of("ring", Cloud(torus().vertices, "ring"), torus())
+    far = torch.full((3, 3), 5.0) + torch.eye(3)
+    found = {"vertices": far, "faces": torch.tensor([[0, 1, 2]]), "compare": None}
+    found |= {"steps": 1, "training_seconds": 1.0, "mesh_seconds": 1.0}
+    trimmed = surface_table.without_lids("sphere", scan, found, surface_table.Setting())
+    assert trimmed == {"compare": None}
+    row = surface_table.figures({**found, "trimmed": trimmed})
+    assert row["trimmed"] == {}
+    assert "no surface" in surface_table.table_row("ring", "sphere", row["trimmed"], ["", "", ""])
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

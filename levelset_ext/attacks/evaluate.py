@@ -19,6 +19,7 @@ from levelset_ext.attacks.pgd import (
     Attacked,
     Settings,
     check_finite,
+    row_numbers,
     run_multi_targeted,
     run_pgd,
 )
@@ -206,7 +207,7 @@ def evaluate(
     source: LogitsFunction | None = None,
     binary: bool = False,
     cascade: bool = True,
-    first_row: int = 0,
+    rows: Sequence[int] | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> Evaluation:
     """Attacks a classifier and counts the rows that stand.
@@ -234,17 +235,17 @@ def evaluate(
         binary: the network has one logit, (n,) or (n, 1), and labels are 0 and 1, or -1 and 1.
         cascade: False lets every attack begin with all correct rows, so that ``attacks[i].broken``
             is the figure of that attack alone; ``success`` is the same worst case.
-        first_row: number of the first row in its data set, for a data set evaluated in pieces.
+        rows: numbers of the rows in their data set, for the random starts; 0 ... n - 1 if left out.
+            A piece of a data set then gets what it would in the whole.
         progress: called as progress(rows done, name of the attack that runs) before each attack.
 
     Raises:
         ValueError: labels out of range, images outside [0, 1], weights or logits that are not
-            finite, a network with a single class, shapes that do not belong together, an unknown
-            attack, a transfer attack without a source.
+            finite, a network with a single class, shapes that do not belong together, ``rows`` of
+            another length or negative, an unknown attack, a transfer attack without a source.
         ImportError: an attack whose package is not installed.
     """
-    if first_row < 0:
-        raise ValueError(f"first_row: expected at least 0, got {first_row}")
+    numbers = row_numbers(rows, x)
     attacks = check_evaluation(
         model,
         x,
@@ -266,7 +267,6 @@ def evaluate(
     settings = Settings(eps, step, iters, restarts, seed, norm)
     parts = []
     for at in range(0, max(len(x), 1), batch):
-        rows = range(first_row + at, first_row + min(at + batch, len(x)))
         some = slice(at, at + batch)
         told = None if progress is None else _at(progress, at)
         parts.append(
@@ -277,7 +277,7 @@ def evaluate(
                 y[some].to(_device_of(model, x)),
                 attacks,
                 settings,
-                rows,
+                numbers[some],
                 binary,
                 cascade,
                 told,

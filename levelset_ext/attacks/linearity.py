@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from levelset_ext.attacks.pgd import Settings, _numbers, check_finite, climb
+from levelset_ext.attacks.pgd import Settings, check_finite, climb, row_numbers
 from levelset_ext.attacks.prepare import (
     LogitsFunction,
     attack_copy,
@@ -104,7 +104,7 @@ def local_linearity(
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if seed < 0:
         raise ValueError(f"seed: expected at least 0, got {seed}")
-    numbers = _numbers(rows, x)
+    numbers = row_numbers(rows, x)
     logits = attack_copy(model, binary=binary)
     settings = Settings(eps, step, steps, restarts, seed)
     parts = [

@@ -158,7 +158,7 @@ def pgd(
         y,
         objective,
         settings,
-        _numbers(rows, x),
+        row_numbers(rows, x),
         targets=targets,
         start=start,
         random=random,
@@ -194,7 +194,7 @@ def multi_targeted(
     y = check_batch(x, y, norm, eps=eps, step=step, iters=iters, restarts=restarts)
     logits = attack_copy(model, binary=binary)
     x, y, clean = _clean_pass(logits, x, y, binary)
-    return run_multi_targeted(logits, x, y, clean, settings, _numbers(rows, x))
+    return run_multi_targeted(logits, x, y, clean, settings, row_numbers(rows, x))
 
 
 # --- the same with everything checked and prepared ---------------------------------------------
@@ -225,11 +225,14 @@ class Settings:
         return self.step * (self.step_last / self.step) ** (iteration / (self.iters - 1))
 
 
-def _numbers(rows: Sequence[int] | None, x: Tensor) -> Sequence[int]:
+def row_numbers(rows: Sequence[int] | None, x: Tensor) -> Sequence[int]:
+    """The numbers of rows in their data set, those that the caller gave or 0 ... n - 1."""
     if rows is None:
         return range(len(x))
     if len(rows) != len(x):
         raise ValueError(f"rows: expected {len(x)} numbers, got {len(rows)}")
+    if len(rows) and min(rows) < 0:
+        raise ValueError(f"rows: expected numbers >= 0, got {min(rows)}")
     return rows
 
 
@@ -409,6 +412,18 @@ def climb(
         ``keep_best`` those of the largest value; where one is not a number the row takes what
         comes next.
     """
+    return ascend(value, x, delta, settings, clip=clip)[0]
+
+
+def ascend(
+    value: Callable[[Tensor], Tensor],
+    x: Tensor,
+    delta: Tensor,
+    settings: Settings,
+    *,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`climb`, and with ``keep_best`` the values (n,) at its offsets, else None."""
     delta = (x + delta).clamp_(0, 1).sub_(x) if clip else delta.detach().clone()
     kept = None
     for iteration in range(settings.iters):
@@ -421,10 +436,11 @@ def climb(
             new = there.detach(), delta
             kept = new if kept is None else better(kept, new)
         delta = _moved(x, delta, gradient, settings, settings.length(iteration), clip)
-    if kept is not None:
-        with torch.no_grad():
-            _, delta = better(kept, (value(delta), delta))
-    return delta
+    if kept is None:
+        return delta, None
+    with torch.no_grad():
+        there, delta = better(kept, (value(delta), delta))
+    return delta, there
 
 
 def better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

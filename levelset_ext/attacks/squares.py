@@ -22,14 +22,15 @@ def search_squares(
     eps: float,
     proposals: int,
     generator: torch.Generator | None = None,
+    at_delta: Tensor | None = None,
 ) -> Tensor:
     """Replaces squares of the offsets by +-eps where that increases ``value``.
 
     The proposals of Square Attack (Andriushchenko et al. 2020) for L_inf: a square at a uniformly
     random place gets one sign per channel, and is kept by the rows whose value it increases. The
     side is drawn anew each time, log-uniform between a pixel and 0.8 of the image, as rows whose
-    offsets come from earlier searches are at no common stage. One forward per proposal and one
-    for the start.
+    offsets come from earlier searches are at no common stage. One forward per proposal, and one
+    for the start if ``at_delta`` is not given.
 
     Args:
         value: offsets (n, channels, height, width) -> (n,), what every row increases.
@@ -38,12 +39,13 @@ def search_squares(
         eps: half the width of the box.
         proposals: squares tried per row.
         generator: of places, sides and signs, which are drawn on the CPU whatever the device of x.
+        at_delta: (n,), ``value(delta)`` where the caller has it.
 
     Returns:
         The offsets, with the same bounds; ``value`` is nowhere smaller than at ``delta``.
 
     Raises:
-        ValueError: x that is not a batch of images, delta of another shape.
+        ValueError: x that is not a batch of images, delta or at_delta of another shape.
     """
     if x.dim() != 4:
         raise ValueError(
@@ -51,11 +53,15 @@ def search_squares(
         )
     if delta.shape != x.shape:
         raise ValueError(f"delta: expected shape {tuple(x.shape)}, got {tuple(delta.shape)}")
+    if at_delta is not None and at_delta.shape != x.shape[:1]:
+        raise ValueError(
+            f"at_delta: expected shape {tuple(x.shape[:1])}, got {tuple(at_delta.shape)}"
+        )
     n, channels, height, width = x.shape
     rows = torch.arange(height, device=x.device).view(1, 1, height, 1)
     columns = torch.arange(width, device=x.device).view(1, 1, 1, width)
     largest = max(1.0, LARGEST * min(height, width))
-    best = value(delta)
+    best = value(delta) if at_delta is None else at_delta
     for _ in range(proposals):
         drawn = torch.rand(3, n, 1, 1, 1, generator=generator)
         side = (largest ** drawn[0]).round_()

@@ -22,7 +22,7 @@ import os
 import pickle
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,27 +61,37 @@ class Images:
         labels: (n,) int64 in 0 ... classes - 1.
         name: "mnist" (also Fashion-MNIST, whose files cannot be told apart), "cifar10", "digits".
         classes: number of classes.
+        every: they are each so many-th row of their split; 1 for all rows, or the first ones.
     """
 
     images: Tensor
     labels: Tensor
     name: str
     classes: int = _CLASSES
+    every: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def load_images(
-    folder: str | os.PathLike[str] | None = None, split: str = "train", limit: int | None = None
+    folder: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    every: int = 1,
 ) -> Images:
     """The images of a folder in file order, or scikit-learn's digits.
+
+    The order may matter: AutoAttack at eps 0.3 takes 8 % of the first half of MNIST's test split
+    from a robust network and 4 % of the second, so a sample wants to be spread over the split
+    (``every``).
 
     Args:
         folder: where the files are, see the head of this module; None for the digits, 8 x 8 images
             of which the last 360 are the test split and the other 1437 the training split.
         split: "train" or "test".
-        limit: only so many rows from the start.
+        limit: only so many rows from the start, of those that ``every`` leaves.
+        every: only each so many-th row: 0, every, 2 every, ...
 
     Raises:
         InputError: no such folder, none of the known files in it, a file that is missing,
@@ -89,8 +99,19 @@ def load_images(
     """
     if split not in SPLITS:
         raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit: expected at least 1, got {limit}")
+    for name, count in (("limit", limit), ("every", every)):
+        if count is not None and count < 1:
+            raise InputError(f"{name}: expected at least 1, got {count}")
+    needed = None if limit is None else (limit - 1) * every + 1
+    data = _first_images(folder, split, needed)
+    if every == 1:
+        return data
+    images, labels = data.images[::every].clone(), data.labels[::every].clone()
+    return replace(data, images=images, labels=labels, every=every)
+
+
+def _first_images(folder: str | os.PathLike[str] | None, split: str, limit: int | None) -> Images:
+    """The first rows, all of them if ``limit`` is None."""
     if folder is None:
         return _digits(split, limit)
     root = Path(folder)

@@ -20,6 +20,7 @@ from levelset_ext.geometry.integrals import (
 from levelset_ext.geometry.preview import render_preview
 from levelset_ext.geometry.rays import RayCrossings, RayHits, intersect_rays, ray_crossings
 from levelset_ext.geometry.render import Camera, render
+from levelset_ext.geometry.trim import TrimmedMesh, trim_mesh
 
 __all__ = [
     "Camera",
@@ -33,6 +34,7 @@ __all__ = [
     "Mesh",
     "RayCrossings",
     "RayHits",
+    "TrimmedMesh",
     "compare_meshes",
     "coverage",
     "curvature",
@@ -48,4 +50,5 @@ __all__ = [
     "sample_level_set",
     "surface_area",
     "trace_curve",
+    "trim_mesh",
 ]

@@ -150,10 +150,7 @@ def _topology(faces: np.ndarray) -> dict[str, float | int | bool | None]:
     key = edges[:, 0].astype(np.int64) * len(used) + edges[:, 1]
     unique, multiplicity = np.unique(key, return_counts=True)
     first, second = unique // len(used), unique % len(used)
-    graph = scipy.sparse.coo_matrix(
-        (np.ones(len(unique), np.int8), (first, second)), shape=(len(used), len(used))
-    )
-    components, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    components, label = connected_vertices(first, second, len(used))
     watertight = bool((multiplicity == 2).all())
     face_label = label[corner[:, 0]]
     largest = int(np.bincount(face_label).argmax())
@@ -163,7 +160,7 @@ def _topology(faces: np.ndarray) -> dict[str, float | int | bool | None]:
         + int((face_label == largest).sum())
     )
     return {
-        "components": int(components),
+        "components": components,
         "watertight": watertight,
         "euler_number": len(used) - len(unique) + len(faces),
         "genus": (2 - euler_largest) // 2 if watertight else None,
@@ -171,3 +168,13 @@ def _topology(faces: np.ndarray) -> dict[str, float | int | bool | None]:
 
 
 __all__ = ["TriangleMesh", "compare_meshes"]
+
+
+def connected_vertices(first: np.ndarray, second: np.ndarray, count: int) -> tuple[int, np.ndarray]:
+    """How many pieces ``count`` vertices form along the edges first - second, and the piece that
+    each of them belongs to, (count,)."""
+    graph = scipy.sparse.coo_matrix(
+        (np.ones(len(first), np.int8), (first, second)), shape=(count, count)
+    )
+    pieces, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    return int(pieces), label

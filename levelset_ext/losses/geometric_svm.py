@@ -69,8 +69,12 @@ def svm_samples(fn: Field, x: Tensor, max_iters: int = 20, tol: float = 1e-5) ->
     x = check_points("x", x)
     field = binary_field(fn)
     boundary = project(field, x, 0.0, max_iters, tol)
-    below = project(field, boundary.points, -1.0, max_iters, tol)
-    above = project(field, boundary.points, 1.0, max_iters, tol)
+    # Both sides in one call: the evaluations of a small batch cost more than its rows.
+    n, p = len(x), boundary.points
+    levels = torch.ones(2 * n, dtype=x.dtype, device=x.device)
+    levels[:n] = -1
+    sides = project(field, torch.cat([p, p]), levels, max_iters, tol)
+    below, above = sides[:n], sides[n:]
     with torch.inference_mode(False):
         values = values_of(field, x)[:, 0]
     return SvmSamples(boundary, below, above, values)

@@ -20,7 +20,6 @@ from levelset_ext.attacks.prepare import (
     check_batch,
     lengths,
 )
-from levelset_ext.attacks.squares import search_squares
 from levelset_ext.margin import check_labels, margin
 from levelset_ext.objectives.base import Step
 from levelset_ext.objectives.common import (
@@ -29,6 +28,7 @@ from levelset_ext.objectives.common import (
     check_fields,
     evaluate,
     grown,
+    search_in_box,
     search_logits,
     uniform_start,
     warm_offsets,
@@ -98,9 +98,7 @@ class Madry:
         def value(d: Tensor) -> Tensor:
             return increased(logits(x + d), y, None)
 
-        delta = climb(value, x, start, settings)
-        if self.squares:
-            delta = search_squares(value, x, delta, settings.eps, self.squares, generator)
+        delta = search_in_box(value, x, start, settings, self.squares, generator)
         out = evaluate(network, (x + delta).clamp_(0, 1), y)
         return Step(functional.cross_entropy(out, y), {"accuracy": accuracy(out, y)}, delta)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from levelset_ext.attacks.pgd import Settings, ascend
 from levelset_ext.attacks.prepare import LogitsFunction, without_gradients
+from levelset_ext.attacks.squares import search_squares
 from levelset_ext.field import evaluation_copy
 from levelset_ext.margin import check_labels, margin, two_logits
 
@@ -108,6 +110,21 @@ def search_logits(network: nn.Module, y: Tensor) -> LogitsFunction:
         return out
 
     return logits
+
+
+def search_in_box(
+    value: Callable[[Tensor], Tensor],
+    x: Tensor,
+    start: Tensor,
+    settings: Settings,
+    squares: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The offsets where steps along the gradient end, and after them some proposals of squares."""
+    delta, there = ascend(value, x, start, settings)
+    if squares:
+        delta = search_squares(value, x, delta, settings.eps, squares, generator, there)
+    return delta
 
 
 def uniform_start(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:

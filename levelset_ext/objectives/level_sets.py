@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from levelset_ext.attacks.pgd import Settings, climb
-from levelset_ext.attacks.squares import search_squares
+from levelset_ext.attacks.pgd import Settings
 from levelset_ext.field import Field
 from levelset_ext.losses.geometric_svm import NORMS, geometric_svm
 from levelset_ext.losses.robust import DISTANCES, robust
@@ -18,6 +17,7 @@ from levelset_ext.objectives.base import Step
 from levelset_ext.objectives.common import (
     as_classes,
     check_fields,
+    search_in_box,
     search_logits,
     uniform_start,
     warm_offsets,
@@ -250,9 +250,7 @@ class Robust:
         steps = Settings(
             eps, self.step * grown, self.iters, step_last=last, keep_best=self.keep_best
         )
-        delta = climb(value, x, start, steps)
-        if self.squares:
-            delta = search_squares(value, x, delta, eps, self.squares, generator)
+        delta = search_in_box(value, x, start, steps, self.squares, generator)
         ends = (x + delta).clamp_(0, 1)
         logits = as_classes(field(ends.clone()), len(x))
         cross_entropy = functional.cross_entropy(logits, y)

@@ -4,8 +4,8 @@ A run with a folder can be interrupted at any moment and goes on where it was. T
 
     config.json        which network, which data, every setting
     parts/             finished batches, until all are done
-    examples.csv       one line per image: label, whether it stood, what broke it, and with
-                       --linearity gamma(eps, x)
+    examples.csv       one line per image: its row in the split, label, whether it stood, what broke
+                       it, and with --linearity gamma(eps, x)
     adversarial.npz    the images the attacks made
     adversarial.png    some of them, beside what they were made from
     metrics.json       written last: a folder with it holds a finished run
@@ -20,8 +20,8 @@ import json
 import math
 import shutil
 import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -119,7 +119,7 @@ def run_attack(
             raise InputError("resume: expected --out with the folder of the run")
         evaluation = _all_parts(model, data, config, source, None, ranks)
         gamma = _linearity(model, data, config, evaluation, None, ranks)
-        return ranks.first(lambda: _metrics(model, _known(evaluation), config, gamma))
+        return ranks.first(lambda: _metrics(model, _known(evaluation), data, config, gamma))
     header = {
         "kind": KIND,
         "model": digest(*model.state_dict().values()),
@@ -127,6 +127,7 @@ def run_attack(
         "data": digest(data.images, data.labels),
         "data_name": data.name,
         "rows": len(data),
+        **({} if data.every == 1 else {"every": data.every}),
         "settings": asdict(config),
     }
     finished = ranks.first(
@@ -164,13 +165,14 @@ def _write_results(
         out / "adversarial.npz",
         lambda stream: np.savez_compressed(
             stream,
+            rows=np.array(_numbers_of(data)),
             adversarial=evaluation.adversarial.numpy(),
             labels=data.labels.numpy(),
             success=evaluation.success.numpy(),
         ),
     )
     draw_attacks(out / "adversarial.png", data, evaluation)
-    metrics = _metrics(model, evaluation, config, gamma)
+    metrics = _metrics(model, evaluation, data, config, gamma)
     write_json(out / "metrics.json", metrics)
     shutil.rmtree(out / "parts", ignore_errors=True)
     return metrics
@@ -202,7 +204,8 @@ def _all_parts(
             progress = progress or Progress("row", len(data), some.start)
         tell = _silent if progress is None else _teller(progress, some.start, _share(found))
         images, labels = data.images[some], data.labels[some]
-        return _evaluate(model, images, labels, config, source, some.start, tell)
+        numbers = _numbers_of(data)[some]
+        return _evaluate(model, images, labels, config, source, numbers, tell)
 
     def keep(index: int, part: Evaluation) -> None:
         if folder is not None:
@@ -216,6 +219,11 @@ def _all_parts(
     count = -(-len(data) // config.batch)
     parts = in_rounds(ranks, count, read, make, keep, report)
     return Evaluation.merge(parts) if ranks.main else None
+
+
+def _numbers_of(data: Images) -> range:
+    """Of the images in their split."""
+    return range(0, len(data) * data.every, data.every)
 
 
 def _file(folder: Path, index: int) -> Path:
@@ -253,7 +261,7 @@ def _evaluate(
     labels: Tensor,
     config: AttackConfig,
     source: nn.Module | None,
-    first_row: int,
+    rows: Sequence[int],
     progress: Callable[[int, str], None],
 ) -> Evaluation:
     try:
@@ -264,7 +272,7 @@ def _evaluate(
             config.attack,
             source=source,
             cascade=not config.each,
-            first_row=first_row,
+            rows=rows,
             progress=progress,
             **_numbers(config),
         )
@@ -327,6 +335,7 @@ def _linearity(
     if not config.linearity:
         return None
     correct = ranks.first(lambda: _known(evaluation).correct)
+    numbers = _numbers_of(data)
     progress: Progress | None = None
 
     def rows(index: int) -> Tensor:
@@ -353,7 +362,7 @@ def _linearity(
             steps=_LINEARITY_STEPS,
             seed=config.seed,
             batch=config.batch,
-            rows=some.tolist(),
+            rows=[numbers[row] for row in some.tolist()],
             binary=config.binary,
         ).gamma.cpu()
 
@@ -398,13 +407,14 @@ def _write_csv(
         ["row", "label", "clean_margin", "outcome", "broken_by", "step", "prediction", "distance"]
         + ([] if gamma is None else ["gamma"])
     )
+    numbers = _numbers_of(data)
     names = {-1: "", -2: "", **{i: record.name for i, record in enumerate(evaluation.attacks)}}
     for row in range(len(evaluation)):
         broken_by = int(evaluation.broken_by[row])
         outcome = {-1: "stands", -2: "wrong before"}.get(broken_by, "broken")
         table.writerow(
             [
-                row,
+                numbers[row],
                 int(data.labels[row]),
                 f"{float(evaluation.clean_margin[row]):.7g}",
                 outcome,
@@ -423,7 +433,11 @@ def _cell(value: float) -> str:
 
 
 def _metrics(
-    model: nn.Module, evaluation: Evaluation, config: AttackConfig, gamma: Tensor | None
+    model: nn.Module,
+    evaluation: Evaluation,
+    data: Images,
+    config: AttackConfig,
+    gamma: Tensor | None,
 ) -> dict[str, Any]:
     n = len(evaluation)
     attacks = []
@@ -449,6 +463,7 @@ def _metrics(
         }
     return {
         "rows": n,
+        "every": data.every,
         "clean_accuracy": evaluation.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "attacks": attacks,
@@ -484,7 +499,17 @@ def add_attack_command(commands: Any) -> None:
     one.add_argument("--source-weights", metavar="FILE", help="state dict for --source-model")
     one.add_argument("--data", metavar="DIR", help="images; scikit-learn's digits if left out")
     one.add_argument("--split", default="test", help="test or train")
-    one.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    one.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N images, of those of --every"
+    )
+    one.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        metavar="K",
+        help="only one in K images; of MNIST's test images robust networks lose more in the first "
+        "half, so a sample wants to be spread over them",
+    )
     one.add_argument("--merge-labels", type=int, metavar="N", help="merge the classes into N")
     one.add_argument(
         "--attack",
@@ -530,12 +555,12 @@ def _attack_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device
         source = _network(what, args.source, args.source_model, args, device)
     if args.batch < 1:
         raise InputError(f"batch: expected at least 1, got {args.batch}")
-    data = load_images(args.data, args.split, args.limit)
+    data = load_images(args.data, args.split, args.limit, args.every)
     if args.merge_labels is not None:
         if not 1 <= args.merge_labels <= data.classes:
             raise InputError(f"merge-labels: expected 1 to {data.classes}, got {args.merge_labels}")
         merged = merge_labels(data.labels, args.merge_labels, original=data.classes)
-        data = Images(data.images, merged, data.name, args.merge_labels)
+        data = replace(data, labels=merged, classes=args.merge_labels)
     eps, step, iters = _DEFAULTS.get(data.name, _DEFAULTS[""])
     options = getattr(model, "config", {}).get("options", {})
     config = AttackConfig(

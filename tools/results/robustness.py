@@ -109,70 +109,85 @@ def robust_mnist(book: Book) -> str:
                 with_interval(100 * pgd["attacks"][0]["robust_accuracy_after"], pgd["rows"]),
                 with_interval(100 * pgd["robust_accuracy"], pgd["rows"]),
                 "-" if many is None else with_interval(100 * many["robust_accuracy"], many["rows"]),
-                with_interval(100 * strong["robust_accuracy"], strong["rows"]),
-                fixed(2)(100 * strong["robust_accuracy"] / minutes),
+                "-" if strong is None else _strong(run),
+                "-" if strong is None else fixed(2)(100 * strong["robust_accuracy"] / minutes),
             ]
         )
     ours, madry = _long_runs(found)
     many = book.files.json("multi_targeted_madry.json")
     head = [
-        "network", "epochs", "min", "clean", f"PGD margin, {ours['pgd']['rows']} rows",
+        "network", "epochs", "min", "clean", f"PGD margin, {_images(ours['pgd'])}",
         "worst of margin and Xent",
-        "multi-targeted" + (f", {many['rows']} rows" if many else ""),
-        f"AutoAttack, {ours['autoattack']['rows']} rows", "AutoAttack per training minute",
+        "multi-targeted" + (f", {_images(many)}" if many else ""),
+        f"AutoAttack, {_images(madry['autoattack'])}", "AutoAttack per training minute",
     ]  # fmt: skip
     lines += [
-        "Measured, percent of the first test images, in brackets the 95 % interval that so many "
-        "images allow; " + found.get("machine", "see the table of runs") + ":",
+        "Measured, percent of test images, in brackets the 95 % interval that so many images "
+        "allow; " + found.get("machine", "see the table of runs") + ":",
         "",
         table(head, rows),
-        *(() if "ours" in runs else ("", f"Ours with the settings of the preset: {NOT_RUN}.")),
         "",
         "AutoAttack's public table for MNIST, eps 0.3, all 10 000 images: "
         + ", ".join(f"{name} {value:.2f}" for name, value in published.AUTOATTACK_MNIST.items())
         + ".",
     ]
-    rows_aa = ours["autoattack"]["rows"]
-    own = 100 * ours["autoattack"]["robust_accuracy"]
-    low, high = interval(own / 100, rows_aa)
-    book.compare(
-        f"MNIST, 51 min: AutoAttack, {rows_aa} rows", own,
-        {"Madry, same time": 100 * madry["autoattack"]["robust_accuracy"]}, fixed(1), low=False,
-        near=50 * (high - low),
-    )  # fmt: skip
-    if "longer" in runs:
-        own = 100 * runs["longer"]["autoattack"]["robust_accuracy"]
-    book.compare(
-        "MNIST: AutoAttack, best published", own, published.AUTOATTACK_MNIST, fixed(1), low=False
-    )
-    book.compare(
-        "MNIST: AutoAttack, TRADES published", own,
-        {"TRADES": published.AUTOATTACK_MNIST["TRADES"]}, fixed(1), low=False,
-    )  # fmt: skip
-    for what, key in (("worst of PGD margin and Xent", "robust_accuracy"),):
-        rows_pgd = ours["pgd"]["rows"]
-        a, b = interval(ours["pgd"][key], rows_pgd)
+    if ours["autoattack"] is not None:
+        rows_aa = ours["autoattack"]["rows"]
+        own = 100 * ours["autoattack"]["robust_accuracy"]
         book.compare(
-            f"MNIST, 51 min: {what}, {rows_pgd} rows", 100 * ours["pgd"][key],
-            {"Madry, same time": 100 * madry["pgd"][key]}, fixed(1), low=False, near=50 * (b - a),
+            f"MNIST, 51 min: AutoAttack, {rows_aa} rows", own,
+            {"Madry, same time": 100 * madry["autoattack"]["robust_accuracy"]}, fixed(1), low=False,
+            near=_near(own, rows_aa),
         )  # fmt: skip
+    best = runs.get("longer", ours)
+    own = 100 * best["autoattack"]["robust_accuracy"]
+    trades = {"TRADES": published.AUTOATTACK_MNIST["TRADES"]}
+    for what, others in (("best", published.AUTOATTACK_MNIST), ("TRADES", trades)):
+        book.compare(
+            f"MNIST: AutoAttack, {what} published", own, others, fixed(1), low=False,
+            near=_near(own, best["autoattack"]["rows"]),
+        )  # fmt: skip
+    rows_pgd, own = ours["pgd"]["rows"], 100 * ours["pgd"]["robust_accuracy"]
+    book.compare(
+        f"MNIST, 51 min: worst of PGD margin and Xent, {rows_pgd} rows", own,
+        {"Madry, same time": 100 * madry["pgd"]["robust_accuracy"]}, fixed(1), low=False,
+        near=_near(own, rows_pgd),
+    )  # fmt: skip
     clean = {"Madry, same time": 100 * madry["training"]["clean_accuracy"]}
     book.compare(
         "MNIST, 51 min: clean", 100 * ours["training"]["clean_accuracy"], clean, fixed(2), low=False
     )
     paper = _table1().PUBLISHED["mnist", "convnet-4a"]["Ours (0.4)"]
+    own = 100 * best["pgd"]["attacks"][0]["robust_accuracy_after"]
     book.compare(
-        "MNIST: PGD margin against the paper's own figure",
-        100 * ours["pgd"]["attacks"][0]["robust_accuracy_after"],
+        "MNIST: PGD margin against the paper's own figure", own,
         {"the paper, 200 epochs on a GPU": paper[2]}, fixed(1), low=False,
+        near=_near(own, best["pgd"]["rows"]),
     )  # fmt: skip
     return "\n".join(lines)
 
 
+def _near(percent_right: float, rows: int) -> float:
+    """Half of the 95 % interval of an accuracy in percent."""
+    low, high = interval(percent_right / 100, rows)
+    return 50 * (high - low)
+
+
+def _images(attack: dict[str, Any]) -> str:
+    """Which images of MNIST an attack saw."""
+    return _some(attack["rows"], attack.get("every", 1), "MNIST")
+
+
+def _some(rows: int, every: int, data: str) -> str:
+    """Which test images were looked at."""
+    if rows < -(-TEST_ROWS[data] // every):
+        return f"the first {rows} test images" + (f", one in {every}" if every > 1 else "")
+    return f"all {rows} test images" if every == 1 else f"{rows} test images, one in {every}"
+
+
 def _long_runs(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ours and Madry's; of ours the one with the first settings as long as there is no other."""
-    runs = found["runs"]
-    return runs.get("ours", runs["first"]), runs["madry"]
+    """Ours, with the settings of the preset, and Madry's."""
+    return found["runs"]["ours"], found["runs"]["madry"]
 
 
 def equal(book: Book, name: str, what: str) -> str:
@@ -181,11 +196,12 @@ def equal(book: Book, name: str, what: str) -> str:
         return NOT_RUN
     rows_count = _rows_of(found, what)
     rows_of = {row["network"]: dict(row) for row in found["table1"]}
-    rows_aa = rows_count
+    rows_aa, every_aa = rows_count, _every_of(found)
     for network, row in rows_of.items():
         strong = book.files.json(f"{name}_autoattack_{network}.json")
         if strong is not None:
             row["autoattack"], rows_aa = 100 * strong["robust_accuracy"], strong["rows"]
+            every_aa = strong.get("every", 1)
     order = [n for n in NAMES if n in rows_of]
     shown = [c for c in COLUMNS if any(math.isfinite(number(rows_of[n][c])) for n in order)]
     columns = {c: bold_best([number(rows_of[n][c]) for n in order], fixed(1), False) for c in shown}
@@ -212,31 +228,30 @@ def equal(book: Book, name: str, what: str) -> str:
         own = number(ours[column])
         if not math.isfinite(own):
             continue
-        low, high = interval(own / 100, count)
         book.compare(
             f"{what}, equal time: {COLUMNS.get(column, column)}, {count} rows", own,
             {NAMES[n]: number(rows_of[n][column]) for n in order if n != "ours"}, fixed(1),
-            low=False, near=50 * (high - low),
+            low=False, near=_near(own, count),
         )  # fmt: skip
     worst = number(ours["worst"])
     low, high = interval(worst / 100, rows_count)
     missing = [NAMES[n] for n in NAMES if n not in rows_of and n not in ("first", *WENT_ON)]
     attack = found["settings"]["attack"]
     text = [
-        f"Percent of {rows_count} test images; attacks with eps {attack['eps']:g}, PGD with "
-        f"{attack['iters']} steps of {attack['step']:g}. At {worst:.1f} % so many images leave a "
-        f"95 % interval of {100 * low:.1f} to {100 * high:.1f}, so what is nearer than that is "
-        "not told "
-        "apart. Minutes are processor time of the training. Learning rate and schedule of ours "
-        "were tuned, the others' were not or less.",
+        f"Percent of {_some(rows_count, _every_of(found), what)}; attacks with eps "
+        f"{attack['eps']:g}, PGD with {attack['iters']} steps of {attack['step']:g}. At "
+        f"{worst:.1f} % so many images leave a 95 % interval of {100 * low:.1f} to "
+        f"{100 * high:.1f}, so what is nearer than that is not told apart. Minutes "
+        "are processor time of the training. Learning rate and schedule of ours were "
+        "tuned, the others' were not or less.",
         "",
         table(head, rows),
     ]
     if "autoattack" in shown and rows_aa != rows_count:
         text += [
             "",
-            f"AutoAttack looked at the first {rows_aa} images alone, which need not be as hard as "
-            "all: compare within its column. It is not in *worst*; - is not run.",
+            f"AutoAttack looked at {_some(rows_aa, every_aa, what)} alone, which need not be as "
+            "hard as all: compare within its column. It is not in *worst*; - is not run.",
         ]
     if missing:
         text += ["", "Not run in this setting: " + ", ".join(missing).rstrip(".") + "."]
@@ -245,8 +260,12 @@ def equal(book: Book, name: str, what: str) -> str:
 
 def _rows_of(found: dict[str, Any], what: str) -> int:
     """How many test images a run of table1_robustness.py looked at."""
-    wanted = found["settings"]["rows"]
-    return TEST_ROWS[what] if wanted is None else min(wanted, TEST_ROWS[what])
+    wanted, there = found["settings"]["rows"], -(-TEST_ROWS[what] // _every_of(found))
+    return there if wanted is None else min(wanted, there)
+
+
+def _every_of(found: dict[str, Any]) -> int:
+    return int(found["settings"].get("every", 1))
 
 
 def transfer(book: Book) -> str:
@@ -266,8 +285,8 @@ def transfer(book: Book) -> str:
         }
         lines += [
             f"**{what}{long}**, margin (ddb) / cross entropy, percent of "
-            f"{_rows_of(found, what)} images; rows are attacked, columns make the attack, the "
-            "diagonal is white box:",
+            f"{_some(_rows_of(found, what), _every_of(found), what)}; rows are attacked, "
+            "columns make the attack, the diagonal is white box:",
             "",
         ]
         rows = []
@@ -508,12 +527,22 @@ def answer(book: Book) -> str:
     if found is None:
         return f"robust classifiers: {NOT_RUN}"
     ours, madry = _long_runs(found)
-    rows = ours["autoattack"]["rows"]
+    longer, more = found["runs"].get("longer"), ""
+    if longer is not None:
+        minutes = longer["training"]["cpu_seconds"] / 60
+        more = f", and {_strong(longer)} with ours after {minutes:.0f} minutes more"
     return (
         f"**Robust classifiers.** MNIST, eps 0.3, the same 51 minutes: PGD leaves "
         f"{percent(ours['pgd']['robust_accuracy'])} % with ours and "
-        f"{percent(madry['pgd']['robust_accuracy'])} % with Madry, AutoAttack "
-        f"{with_interval(100 * ours['autoattack']['robust_accuracy'], rows)} and "
-        f"{with_interval(100 * madry['autoattack']['robust_accuracy'], rows)}; TRADES is published "
-        f"with {published.AUTOATTACK_MNIST['TRADES']:.1f}. Robust against PGD is not robust."
+        f"{percent(madry['pgd']['robust_accuracy'])} % with Madry, AutoAttack {_strong(ours)} and "
+        f"{_strong(madry)}{more}; TRADES is published with "
+        f"{published.AUTOATTACK_MNIST['TRADES']:.1f}. Robust against PGD is not robust."
     )
+
+
+def _strong(run: dict[str, Any]) -> str:
+    """What AutoAttack has left."""
+    strong = run["autoattack"]
+    if strong is None:
+        return NOT_RUN
+    return with_interval(100 * strong["robust_accuracy"], strong["rows"])
