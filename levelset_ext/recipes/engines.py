@@ -1,8 +1,8 @@
 """Independent tasks in many processes: by loky on this machine, by Dask or Ray on one or on many.
 
 All three give results as they finish and say which process died, which is what a sweep needs.
-Joblib stands in front of loky only: its backend for Ray keeps all results until the last, and its
-backend for Dask leaves tasks running when one of them dies.
+Joblib's own front does not: with loky a death ends all processes and is nobody's, its backend for
+Ray keeps all results until the last, and that for Dask leaves tasks running when one of them dies.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,7 @@ _WAIT = 30.0  # seconds for a cluster to answer and to have a worker
 Call = Callable[[], dict[str, Any]]
 # Name and result as they finish; None where the process died.
 Finished = Iterator[tuple[str, dict[str, Any] | None]]
-# Does the calls, each of which has folder/NAME.
-Start = Callable[[dict[str, Call], Path], Finished]
+Start = Callable[[dict[str, Call]], Finished]  # does the calls
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def run_all(
         calls: dict[str, Call] = {
             name: partial(_guarded, task, folder / name, by.threads) for name, task in left.items()
         }
-        for name, result in by.start(calls, folder):
+        for name, result in by.start(calls):
             if result is None:
                 deaths[name] += 1
                 if deaths[name] < _DEATHS:
@@ -99,7 +99,6 @@ def run_all(
 
 def _guarded(task: Call, folder: Path, threads: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "started").touch()
     torch.set_num_threads(threads)
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
         try:
@@ -107,7 +106,6 @@ def _guarded(task: Call, folder: Path, threads: int) -> dict[str, Any]:
         except Exception as error:  # whatever it is, the others go on
             traceback.print_exc()
             result = _broken(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    (folder / "started").unlink(missing_ok=True)
     return result
 
 
@@ -125,30 +123,46 @@ def _missing(engine: str, package: str) -> InputError:
 @contextlib.contextmanager
 def _loky(jobs: int, address: str | None) -> Iterator[Start]:
     try:
-        import joblib
+        from joblib.externals.loky import ProcessPoolExecutor
         from joblib.externals.loky.process_executor import TerminatedWorkerError
     except ImportError:
         raise _missing("loky", "joblib") from None
+    if jobs == 1:  # this process
+        yield lambda calls: ((name, call()) for name, call in calls.items())
+        return
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
 
-    def start(calls: dict[str, Call], folder: Path) -> Finished:
-        started = {name: folder / name / "started" for name in calls}
-        for mark in started.values():
-            mark.unlink(missing_ok=True)
-        pool = joblib.Parallel(jobs, backend="loky", return_as="generator_unordered")
-        left = set(calls)
-        try:
-            for name, result in pool(joblib.delayed(_named)(*item) for item in calls.items()):
-                left.remove(name)
+    # A pool ends with the first of its processes that dies, and does not say whose task that was:
+    # so each process is a pool of its own, and a death is of one task.
+    def pool() -> Any:
+        return ProcessPoolExecutor(1, env=env)
+
+    idle = [pool() for _ in range(jobs)]
+    running: dict[Future[dict[str, Any]], tuple[str, Any]] = {}
+
+    def start(calls: dict[str, Call]) -> Finished:
+        waiting = list(calls.items())[::-1]
+        while waiting or running:
+            while waiting and idle:
+                name, call = waiting.pop()
+                one = idle.pop()
+                running[one.submit(call)] = name, one
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, one = running.pop(future)
+                try:
+                    result: dict[str, Any] | None = future.result()
+                except TerminatedWorkerError:
+                    one.shutdown(wait=False)
+                    result, one = None, pool()
+                idle.append(one)
                 yield name, result
-        except TerminatedWorkerError:
-            # All processes end with it, and which was the first is not said: those that had begun.
-            yield from ((name, None) for name in calls if name in left and started[name].exists())
 
-    yield start
-
-
-def _named(name: str, call: Call) -> tuple[str, dict[str, Any]]:
-    return name, call()
+    try:
+        yield start
+    finally:
+        for one in [*idle, *(one for _, one in running.values())]:
+            one.shutdown(kill_workers=True)
 
 
 @contextlib.contextmanager
@@ -187,7 +201,7 @@ def _dask(jobs: int, address: str | None) -> Iterator[Start]:
         if most > 1:
             raise InputError(f"address: expected workers with one thread, got one with {most}")
 
-        def start(calls: dict[str, Call], folder: Path) -> Finished:
+        def start(calls: dict[str, Call]) -> Finished:
             names = {client.submit(call, pure=False): name for name, call in calls.items()}
             for future in distributed.as_completed(names, loop=client.loop):
                 error = future.exception()
@@ -221,7 +235,7 @@ def _ray(jobs: int, address: str | None) -> Iterator[Start]:
         raise InputError(f"address: no Ray cluster at {address} ({what})") from None
     do = ray.remote(num_cpus=1, max_retries=0)(_called)
 
-    def start(calls: dict[str, Call], folder: Path) -> Finished:
+    def start(calls: dict[str, Call]) -> Finished:
         names = {do.remote(call): name for name, call in calls.items()}
         waiting = list(names)
         while waiting:
