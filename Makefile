@@ -23,7 +23,7 @@ CASES ?= 10000
 KILLS ?= 150
 
 .DEFAULT_GOAL := build
-.PHONY: help setup build demo test test-cpp emulate cuda-check lint format types bench soak sanitize gpu-check ci clean print-python
+.PHONY: help setup build demo test test-cpp emulate cuda-check oldest-torch lint format types bench soak sanitize gpu-check ci clean print-python
 
 help:
 	@sed -n 's/^# //p' Makefile | head -7
@@ -68,6 +68,9 @@ test-cpp: build/cmake/CTestTestfile.cmake  ## the C++ tests: row math, and the C
 cuda-check: build/setup.stamp      ## compile the kernels with warnings as errors; registers and spills; ARCH=sm_90
 	$(PYTHON) tools/check_cuda_resources.py $(if $(ARCH),--arch $(ARCH))
 
+oldest-torch: build                ## compile against the oldest torch that is promised, and look for what it lacks
+	$(PYTHON) tools/check_oldest_torch.py
+
 lint: build/setup.stamp            ## formatting and lint
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -104,7 +107,7 @@ wheels:                            ## both wheels, dist/cpu and dist/cu*: withou
 
 .PHONY: results results-full
 RESULTS_DATA = $(foreach name,MNIST CIFAR SCANS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
-results: build                     ## docs/results.md and what it lacks; MNIST=DIR SCANS=DIR, ONLY=NAME
+results: build                     ## docs/results.md and what it lacks; MNIST=DIR CIFAR=DIR SCANS=DIR, ONLY=NAME
 	$(PYTHON) -m tools.results run $(RESULTS_DATA)
 
 results-full: build                ## the same in the paper's settings, for a GPU; also CIFAR=DIR

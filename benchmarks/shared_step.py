@@ -90,7 +90,7 @@ def main() -> None:
     write_json(
         args.out,
         {
-            "command": "python benchmarks/shared_step.py",
+            "command": "python benchmarks/shared_step.py --out FILE",
             "rounds": args.rounds,
             "threads": 1,
             "torch": torch.__version__,

@@ -14,7 +14,7 @@ from types import ModuleType
 from levelset_ext._load import build_info
 
 # isort: split
-from levelset_ext import losses, networks, ops
+from levelset_ext import losses, networks, ops, samplers
 from levelset_ext.field import value_and_jacobian
 from levelset_ext.layers import LayerField
 from levelset_ext.result import LevelSetResult, Status
@@ -40,6 +40,7 @@ __all__ = [
     "ops",
     "project",
     "sample_network",
+    "samplers",
     "value_and_jacobian",
 ]
 

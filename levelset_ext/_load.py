@@ -77,7 +77,8 @@ def build_info() -> dict[str, Any]:
 # What the compiled fields use, by the width of their vectors in bytes.
 _INSTRUCTION_SETS = {64: "AVX-512", 32: "AVX2", 16: "128-bit vectors"}
 _NEEDED = ("numpy", "scipy", "scikit-image", "trimesh", "networkx", "pillow")
-_OPTIONAL = ("scikit-learn", "matplotlib", "pyautoattack", "advertorch")
+_OPTIONAL = ("scikit-learn", "joblib", "distributed", "ray", "matplotlib", "pymeshlab", "viser",
+             "tensorboard", "pyautoattack", "advertorch")  # fmt: skip
 
 
 def system_info() -> dict[str, Any]:

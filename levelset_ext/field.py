@@ -232,6 +232,9 @@ def value_and_jacobian(fn: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         F (n, l) and J (n, l, *event) in the dtype of x, detached. Works under ``torch.no_grad()``
         and ``torch.inference_mode()``; gradients of parameters are neither computed nor touched.
+
+    Raises:
+        TypeError, ValueError: x is no tensor of points, or ``fn`` gives no (n,) or (n, l).
     """
     x = check_points("x", x)
     return jacobian_of(as_field(fn), x)

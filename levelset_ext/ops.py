@@ -110,6 +110,12 @@ def level_rows(level: Tensor | float, n: int, l: int, like: Tensor) -> Tensor:  
         level: scalar, (l,), (n,) when l = 1, or (n, l). Where shapes coincide (n, l) wins.
         n, l: rows and network outputs.
         like: tensor whose dtype and device the result has.
+
+    Returns:
+        (n, l) or (1, l), differentiable in ``level``.
+
+    Raises:
+        ValueError: another shape.
     """
     if not isinstance(level, Tensor):
         if isinstance(level, int | float):
@@ -182,12 +188,12 @@ def pinv_adjoint(jacobian: Tensor, gradient: Tensor, *, return_status: bool = Fa
     """``(J J^T)^-1 J g`` for every row, the transpose of :func:`pinv_apply`.
 
     Args:
-        jacobian: J, (n, l, d).
+        jacobian: J, (n, l, d), dtypes and l as for :func:`pinv_apply`.
         gradient: g, (n, d).
         return_status: also return the status of every row, (n,) int8.
 
     Returns:
-        (n, l). Differentiable in both arguments, to any order.
+        (n, l); 0 for a row without full rank. Differentiable in both arguments, to any order.
     """
     jacobian, gradient = _same_dtype(jacobian, gradient)
     result, status = _call(_raw.pinv_adjoint.default, PinvAdjoint, jacobian, gradient)
@@ -401,10 +407,15 @@ _BRACKET_VARIANTS: dict[str, int] = _C.bracket_variants
 
 
 def bracket_state(n: int, device: torch.device | str | None = None) -> Tensor:
-    """Memory for the state of n root searches, float64, that :func:`bracket_update_` fills.
+    """Memory for the state of n root searches that :func:`bracket_update_` fills.
 
-    Column ``_C.bracket_at`` is s of the row's point, ``_C.bracket_value`` the value of F at the end
-    evaluated last; for a row that is done, both belong to its answer.
+    Args:
+        n: rows.
+        device: that of the points; None is torch's default.
+
+    Returns:
+        (n, columns), float64, zeros. What the columns hold is :func:`bracket_update_`'s own affair:
+        bounds of the bracket as shares of the segment, F there, and how the search went.
     """
     return torch.zeros(n, _C.bracket_columns, dtype=torch.float64, device=device)
 
@@ -471,7 +482,7 @@ def nearest_distance(x: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance d(x, X) from every point to its nearest cloud point, and its index.
 
     Args:
-        x: (n, d), floating point.
+        x: (n, d), float32 or float64; on CUDA also float16 and bfloat16.
         cloud: X, (m, d), m >= 1.
 
     Returns:

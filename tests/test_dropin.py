@@ -74,14 +74,13 @@ def test_the_robust_loss_in_one_graph(fresh_compiler):
 
 
 def test_samplers_beside_compiled_code(fresh_compiler):
-    """A sampler loops until its rows are done: outside the graph, and called from within a compiled
-    step behind torch.compiler.disable."""
+    """A sampler loops until its rows are done: it breaks the graph of a compiled step, and a step
+    that must be one graph refuses it."""
     net, x = problems.mlp(), problems.points(12)
-    sample = torch.compiler.disable(ls.project)
     steps = []
 
     def step(x):
-        p = ls.sample_network(net, sample(net, 2 * x))
+        p = ls.sample_network(net, ls.project(net, 2 * x))
         steps.append(len(p))
         return p.square().sum()
 
@@ -89,6 +88,8 @@ def test_samplers_beside_compiled_code(fresh_compiler):
     expected = ls.sample_network(net, ls.project(net, 2 * x)).square().sum()
     torch.testing.assert_close(compiled(x), expected)
     assert_all_close(gradients_of(net, compiled(x)), gradients_of(net, expected))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(x)
 
 
 @pytest.mark.parametrize("where", ["whole", "inside", "in place"])

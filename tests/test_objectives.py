@@ -209,7 +209,7 @@ def test_mma_on_an_affine_network_finds_the_exact_distance(logits: int, loss: st
     margins, size = (sign * one(x)).detach(), one.weight.detach().abs().sum()
     d = margins / size
     correct = margins > 0
-    eps_max = float(d[correct].median())
+    eps_max = float(d[correct].sort().values[10:12].mean())  # no row lies at the side of the box
     near = correct & (d < eps_max)
     assert 0 < near.sum() < correct.sum() < 30
     step = MMA(eps_max, eps_max / 10, 12, tol=1e-12, loss=loss, clean_weight=0.25)(net, x, y)

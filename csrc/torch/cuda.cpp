@@ -32,7 +32,7 @@ cudaStream_t current_stream(const Tensor& t) {
   static const auto current = find_current_stream();
   require(current != nullptr, "levelset_ext: this torch has no CUDA support");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

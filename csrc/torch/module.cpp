@@ -1,6 +1,11 @@
 // The Python module levelset_ext._C: op schemas for torch, and what Python must not copy by hand.
+// The pybind11 that torch brings is not part of its stable ABI, and before 2.13 refuses to be included
+// where that is asked for.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 #include <torch/csrc/stable/library.h>
 
 #include <cstddef>

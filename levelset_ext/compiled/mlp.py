@@ -3,12 +3,7 @@
     field = MLP.from_module(net)         # reads the weights of net in place
     result = project(field, x)           # the same as project(net, x), which also uses it by itself
 
-A network qualifies when it is a chain
-
-    h_k = a_k(W_k h_{k-1} + U_k x + b_k),    F = W h + U x + b,
-
-whatever its modules are called: Linear layers (weight norm included), ReLU, SiLU, softplus, sine
-and tanh, concatenation with the input, scaling by numbers, a slice or squeeze at the end.
+Which networks qualify, and where the loop runs: :class:`MLP`.
 """
 
 from __future__ import annotations
@@ -35,7 +30,14 @@ def in_transform() -> bool:
 
 
 class MLP:
-    """A multilayer perceptron as a compiled field.
+    """A multilayer perceptron as a compiled field; made by :meth:`from_module`.
+
+    A network qualifies when it is a chain
+
+        h_k = a_k(W_k h_{k-1} + U_k x + b_k),    F = W h + U x + b,
+
+    whatever its modules are called: Linear layers (weight norm included), ReLU, SiLU, softplus,
+    sine and tanh, concatenation with the input, scaling by numbers, a slice or squeeze at the end.
 
     It is a :data:`~levelset_ext.field.Field`: every sampler, :func:`~levelset_ext.sample_network`
     and every loss takes it in the place of the module, whose parameters it reads in place, in eval
@@ -104,8 +106,10 @@ class MLP:
         """The compiled field of a module.
 
         Args:
-            module: a chain of layers, see the head of this file.
-            dimension: d, where it cannot be seen from the first layer.
+            module: a chain of layers as above, in float32 or float64; it is not copied, so what is
+                trained is what is evaluated.
+            dimension: d; None reads it from the first layer, which fails only where the input is
+                changed before that layer.
             mixed: run the iteration of float32 networks in mixed precision: the first evaluation of
                 a row, and D_xF wherever the row does not end, multiply bfloat16 numbers. Whether a
                 row has converged is decided, and ``values`` and ``jacobian`` are returned, in
@@ -135,7 +139,8 @@ class MLP:
         x = torch.randn(
             8, self.dimension, generator=generator, dtype=torch.float64, device="cpu"
         ).to(device, self.dtype)
-        expected = self.module(x).reshape(8, -1)
+        with torch.autocast(device.type, enabled=False):
+            expected = self.module(x).reshape(8, -1)
         found = self.values(x)
         scale = 1.0 + expected.abs().amax()
         # On CUDA the module itself may multiply in TF32.
@@ -256,6 +261,8 @@ class MLP:
     def packed(self) -> _Pack:
         """The parameters as the compiled loop reads them, packed anew where they have changed."""
         pack = self._pack
+        if pack is not None:
+            pack.wait()
         if pack is None or not pack.holds(self._sources):
             plan = None if self._sources[0].device.type == "cpu" else self._cuda_plan
             self._pack = pack = _Pack(self._layers, self._sources, self.mixed, plan, pack)
@@ -299,7 +306,10 @@ class _Pack:
         _Pack._serials += 1
         self.serial = _Pack._serials
         self._versions = _versions(sources)
-        # Memory is taken over from the pack before, which is not used any more.
+        # Memory is taken over from the pack before, unless another stream may still be reading it.
+        stream = _stream_of(sources[0].device)
+        if before is not None and not before._streams <= {stream}:
+            before = None
         self._copies: list[Tensor] = [] if before is None else before._copies
         if [(c.shape, c.device) for c in self._copies] != [(s.shape, s.device) for s in sources]:
             self._copies = [torch.empty_like(s, requires_grad=False) for s in sources]
@@ -332,6 +342,18 @@ class _Pack:
         )
         for index, parts in enumerate(read):
             torch.ops.levelset_ext.mlp_pack_(*self.tensors, index, *parts)
+        self._streams: set[torch.cuda.Stream | None] = {stream}  # that read it; None on the CPU
+        self._ready = None if stream is None else stream.record_event()
+
+    def wait(self) -> None:
+        """Has the current stream wait until the pack is there, and the memory for the stream."""
+        stream = _stream_of(self.tensors[0].device)
+        if stream is None or self._ready is None or stream in self._streams:
+            return
+        stream.wait_event(self._ready)
+        for tensor in (*self.tensors[:2], *self._copies):
+            tensor.record_stream(stream)
+        self._streams.add(stream)
 
     def holds(self, sources: Sequence[Tensor]) -> bool:
         if _versions(sources) != self._versions:
@@ -339,6 +361,10 @@ class _Pack:
         if sources[0].device.type != "cpu":  # few launches, and one wait for the device
             return torch.equal(_in_one_piece(self._copies), _in_one_piece(sources))
         return all(torch.equal(c, s) for c, s in zip(self._copies, sources, strict=True))
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _in_one_piece(tensors: Sequence[Tensor]) -> Tensor:

@@ -56,7 +56,10 @@ class CoverageEstimate(NamedTuple):
 
 
 def coverage(points: Tensor, reference: Tensor) -> Coverage:
-    """Chamfer and Hausdorff distance between samples (n, d) and a dense sampling (m, d)."""
+    """Chamfer and Hausdorff distance between samples (n, d) and a dense sampling (m, d).
+
+    Numbers, without a gradient. Raises ValueError where there are no points.
+    """
     for name, x in (("points", points), ("reference", reference)):
         if x.dim() != 2 or len(x) == 0:
             raise ValueError(f"{name}: expected (n, d) with n >= 1, got {tuple(x.shape)}")
@@ -93,6 +96,13 @@ def estimate_coverage(
         reach: length of a step, in spacings.
         max_iters, tol: of the projections.
         generator: of the CPU.
+
+    Returns:
+        :class:`CoverageEstimate`, numbers without a gradient.
+
+    Raises:
+        ValueError: fewer than two samples, or another shape.
+        RuntimeError: no probe reached the level set.
     """
     points = _samples(points)
     field = as_field(fn)
@@ -161,6 +171,9 @@ def sample_level_set(
         A :class:`LevelSetResult` of n converged rows on the device and in the dtype of ``box``, or
         of none if no candidate reached the level set: there is none in the box, or none that the
         projections find.
+
+    Raises:
+        ValueError: an argument is not as described.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n: expected an integer >= 1, got {n!r}")

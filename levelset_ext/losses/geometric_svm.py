@@ -115,6 +115,9 @@ def geometric_svm(
         of both sums, not of N, where p^0 or both of p^1 and p^-1 cannot move (not finite, no
         gradient) or where Delta is 0. Without any example left ``total`` is 0, with zeros as
         gradients.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, a label is out of range.
     """
     x = check_points("x", x).detach()
     n = x.shape[0]

@@ -21,7 +21,7 @@ __all__ = ["Disks", "ReconstructionLoss", "fit_disks", "reconstruction"]
 class Disks(NamedTuple):
     """Flat disks that stand for the surface between the points of a cloud X, one for each point.
 
-    centers: (N, d), the points moved along their normals onto the planes of their neighbours.
+    centers: (N, d), the points moved onto the quadric of their neighbours, see :func:`fit_disks`.
     normals: (N, d), unit, of either sign. radii: (N,), > 0 where neighbours differ.
     """
 
@@ -57,6 +57,10 @@ def fit_disks(cloud: Tensor, neighbours: int = 32, covered: int = 4) -> Disks:
         neighbours: points of a fit, the point itself among them; at most N are taken. Fewer than
             twice the coefficients of a quadric (d = 2: 6, d = 3: 12) are fitted by a plane.
         covered: the radius is the distance to so manieth a neighbour, less than ``neighbours``.
+
+    Returns:
+        :class:`Disks` in the dtype and on the device of the cloud, constants: found on the CPU in
+        float64, without a gradient.
 
     Raises:
         ValueError: ``cloud`` has no points or one that is not finite, ``neighbours`` is below d,
@@ -166,8 +170,14 @@ def reconstruction(
             loss is then that of all rows, on every process, and the gradient of all rows the sum
             of those that the processes get. None takes the rows for all there are.
 
-    For l > 1 (curves) |t| and |F| are Euclidean norms of the l outputs. Differentiable in the
-    parameters of ``fn``, by first derivatives of the network only.
+    For l > 1 (curves) |t| and |F| are Euclidean norms of the l outputs.
+
+    Returns:
+        :class:`ReconstructionLoss`. Differentiable in the parameters of ``fn``, by first
+        derivatives of the network only.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
     """
     if not p >= 1:
         raise ValueError(f"p: expected an exponent >= 1, got {p}")

@@ -61,6 +61,10 @@ def robust(
         :class:`RobustLoss`. The gradient reaches the parameters through p(theta) alone: signs, x
         and the points are constants. Without any boundary point ``total`` is 0, with zeros as
         gradients.
+
+    Raises:
+        ValueError: samples of another batch, a distance that is not there, eps or lam of another
+            shape or below 0.
     """
     n = x.shape[0]
     if y.shape != (n,) or samples.margins.shape != (n,):

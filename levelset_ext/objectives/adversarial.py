@@ -2,8 +2,7 @@
 
 All three look for their examples on the network in eval mode, whose parameters want no gradient
 meanwhile, and evaluate their loss in the mode the network is in, which a training loop sets to
-train. The images are in [0, 1], and so are the examples. ``warmup`` is the share of the training
-over which eps grows linearly from 0, the length of the steps in proportion; 0 for none.
+train. The images are in [0, 1], and so are the examples.
 """
 
 from __future__ import annotations
@@ -47,9 +46,10 @@ class Madry:
 
     eps: half the width of the box. step, iters: of PGD. step_last: length of the last step, to
     which the others fall geometrically; None keeps all alike. attack: what PGD increases, "xent" or
-    "margin" (-F^y). warmup: see above. warm_start: share of the examples whose attack goes on from
-    where that of the last visit ended. keep_best: whether it ends at the best of its start and its
-    iterates, for a forward more, and not at the last one. squares: proposals of
+    "margin" (-F^y). warmup: share of the training over which eps grows linearly from 0, the length
+    of the steps in proportion; 0 for none. warm_start: share of the examples whose attack goes on
+    from where that of the last visit ended. keep_best: whether it ends at the best of its start and
+    its iterates, for a forward more, and not at the last one. squares: proposals of
     :func:`levelset_ext.attacks.search_squares` after the steps, a forward each.
 
     Figures: accuracy, at the adversarial examples, in the mode of the loss.

@@ -54,10 +54,19 @@ from levelset_ext.whole_files import write_whole
 __all__ = ["AttackConfig", "add_attack_command", "run_attack"]
 
 KIND = "levelset_ext attack 1"
-# What the paper attacks with (eps, step, iterations).
-_DEFAULTS = {"cifar10": (0.031, 0.003, 20), "": (0.3, 0.01, 40)}
+# What the paper attacks with, and what stands for it on the digits.
+_STRENGTHS = {
+    "cifar10": {"eps": 0.031, "step": 0.003, "iters": 20},
+    "mnist": {"eps": 0.3, "step": 0.01, "iters": 40},
+    "digits": {"eps": 0.15, "step": 0.005, "iters": 40},
+}
 _RESULTS = ("examples.csv", "adversarial.npz", "adversarial.png", "parts")
 _LINEARITY_STEPS = 50  # of the ascent that gamma is found by; those of the attacks may be too few
+
+
+def strength(images: str, **given: float | None) -> dict[str, Any]:
+    """eps, step and iters of an attack: what is given, else what images of that name get."""
+    return _STRENGTHS[images] | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -517,9 +526,7 @@ def add_attack_command(commands: Any) -> None:
         metavar="NAMES",
         help="comma-separated; the worst case over all counts",
     )
-    one.add_argument("--eps", type=float, help="radius; 0.3, or 0.031 for CIFAR10")
-    one.add_argument("--step", type=float, help="length of a PGD step; 0.01, or 0.003 for CIFAR10")
-    one.add_argument("--iters", type=int, help="PGD steps; 40, or 20 for CIFAR10")
+    add_strength(one)
     one.add_argument("--restarts", type=int, default=1, help="random starts of PGD")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--norm", default="linf", help="linf or l2")
@@ -542,6 +549,17 @@ def add_attack_command(commands: Any) -> None:
     one.set_defaults(run=_command)
 
 
+def add_strength(one: argparse.ArgumentParser) -> None:
+    """The options that ``strength`` fills in."""
+    for name, kind, what in (
+        ("eps", float, "radius of the attack"),
+        ("step", float, "length of a PGD step"),
+        ("iters", int, "PGD steps"),
+    ):
+        known = ", ".join(f"{found[name]} for {images}" for images, found in _STRENGTHS.items())
+        one.add_argument(f"--{name}", type=kind, help=f"{what}; {known}")
+
+
 def _command(args: argparse.Namespace) -> None:
     with launched(args.device) as (ranks, device):
         _attack_as_told(args, ranks, device)
@@ -561,13 +579,10 @@ def _attack_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device
             raise InputError(f"merge-labels: expected 1 to {data.classes}, got {args.merge_labels}")
         merged = merge_labels(data.labels, args.merge_labels, original=data.classes)
         data = replace(data, labels=merged, classes=args.merge_labels)
-    eps, step, iters = _DEFAULTS.get(data.name, _DEFAULTS[""])
     options = getattr(model, "config", {}).get("options", {})
     config = AttackConfig(
         attack=args.attack,
-        eps=eps if args.eps is None else args.eps,
-        step=step if args.step is None else args.step,
-        iters=iters if args.iters is None else args.iters,
+        **strength(data.name, eps=args.eps, step=args.step, iters=args.iters),
         restarts=args.restarts,
         seed=args.seed,
         norm=args.norm,

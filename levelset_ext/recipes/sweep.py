@@ -25,7 +25,7 @@ from typing import Any
 from levelset_ext.data.images import Images, fraction, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.objectives import OBJECTIVES
-from levelset_ext.recipes.attack import AttackConfig, run_attack
+from levelset_ext.recipes.attack import AttackConfig, add_strength, run_attack, strength
 from levelset_ext.recipes.classifiers import load_classifier
 from levelset_ext.recipes.engines import ENGINES, processes, run_all
 from levelset_ext.recipes.files import write_json
@@ -75,9 +75,9 @@ class Common:
     lr: float | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     attack: str | None = None
-    eps: float = 0.3
-    step: float = 0.01
-    iters: int = 40
+    eps: float | None = None  # of the attack, as the next two; by the images if None
+    step: float | None = None
+    iters: int | None = None
 
 
 @lru_cache(maxsize=1)
@@ -100,9 +100,7 @@ def one_run(run: Run, common: Common, folder: Path) -> dict[str, Any]:
     if common.attack is not None:
         settings = AttackConfig(
             attack=common.attack,
-            eps=common.eps,
-            step=common.step,
-            iters=common.iters,
+            **strength(test.name, eps=common.eps, step=common.step, iters=common.iters),
             binary=config.options.get("classes") == 1,
         )
         network = load_classifier(folder / "checkpoint.pt")
@@ -257,9 +255,7 @@ def add_sweep_command(commands: Any) -> None:
     one.add_argument("--lr", type=float)
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     one.add_argument("--attack", metavar="NAMES", help="attack every network with these")
-    one.add_argument("--eps", type=float, default=0.3, help="radius of the attack")
-    one.add_argument("--step", type=float, default=0.01, help="length of its steps")
-    one.add_argument("--iters", type=int, default=40, help="how many")
+    add_strength(one)
     one.add_argument("--resume", action="store_true", help="keep the runs that DIR has")
     one.set_defaults(run=_command)
 

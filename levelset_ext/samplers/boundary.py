@@ -127,8 +127,11 @@ def find_boundary(
         generator: source of the random start, on any device.
 
     Returns:
-        :class:`BoundarySamples`. Examples with a margin that is not finite, or that did not cross,
-        have no point.
+        :class:`BoundarySamples`, all detached. Examples with a margin that is not finite, or that
+        did not cross, have no point.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, a label is out of range.
     """
     x = check_points("x", x)
     n = x.shape[0]

@@ -219,29 +219,31 @@ def _graphs(
     parts: dict[str, Callable[[], object]], device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """Every part captured in a CUDA graph, after it has run three times on a side stream."""
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            for part in parts.values():
-                part()
-        # What waits for the device is found here: a capture that fails leaves torch on the stream
-        # of the capture, and its random numbers and memory in the state of one.
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+    # Streams are set and restored with their device, so all of it is done on this one.
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                for part in parts.values():
+                    part()
+            # What waits for the device is found here: a capture that fails leaves torch on the
+            # stream of the capture, and its random numbers and memory in the state of one.
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for part in parts.values():
+                    part()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(side)
+        found: dict[str, Callable[[], object]] = {}
         try:
-            for part in parts.values():
-                part()
+            for name, part in parts.items():
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=side):
+                    part()
+                found[name] = graph.replay
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    current.wait_stream(side)
-    found: dict[str, Callable[[], object]] = {}
-    try:
-        for name, part in parts.items():
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(graph):
-                part()
-            found[name] = graph.replay
-    finally:
-        torch.cuda.set_stream(current)
+            torch.cuda.set_stream(current)
     return found

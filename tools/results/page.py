@@ -126,9 +126,9 @@ each with its command. This page is generated: no number on it was typed. What w
 *not run*.
 
 ```
-make results MNIST=FOLDER SCANS=FOLDER          # what is missing, on a CPU; then this page
-make results-full MNIST=FOLDER CIFAR=FOLDER     # the paper's settings, on a GPU
-python -m tools.results list                    # every result, what it takes, whether it is there
+make results MNIST=FOLDER CIFAR=FOLDER SCANS=FOLDER        # what is missing, on a CPU
+make results-full MNIST=FOLDER CIFAR=FOLDER SCANS=FOLDER   # the paper's settings, on a GPU
+python -m tools.results list             # every result, what it takes, whether it is there
 ```
 
 * **Data.** MNIST and CIFAR10 are the usual files. FAUST's scans cannot be had; simulated range

@@ -199,7 +199,7 @@ RESULTS: tuple[Result, ...] = (
                 {"reconstruct_fast.json": _data("reconstruct_fast.json")},
             ),
         ),
-        minutes=13,
+        minutes=30,
         full=(
             Step(
                 "python benchmarks/reconstruct_scans.py $SCANS --preset paper --device cuda "
