@@ -14,7 +14,7 @@ bracket_value: int
 build: dict[str, Any]
 mlp_activations: dict[str, int]
 mlp_vector_bytes: int
-mlp_mixed: bool
+mlp_mixed: str | None
 
 def mlp_packed_size(
     outputs: int, hidden: int, inputs: int, double_precision: bool

@@ -88,8 +88,9 @@ def system_info() -> dict[str, Any]:
         all of :func:`build_info`; python, platform; torch_cuda (that torch was built with, None for
         a CPU build); devices (name, compute capability, memory in GB and multiprocessors of the
         CUDA devices); cpu_count; threads (torch's, and the variables that set them);
-        instruction_set (of the compiled fields), vector_bytes, mixed_precision (whether they have
-        it here), torch_instruction_set; packages (name to version, None for one that is not there).
+        instruction_set (of the compiled fields), vector_bytes, mixed_precision (the instructions
+        that they have for it, None without), torch_instruction_set; packages (name to version, None
+        for one that is not there).
     """
     variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

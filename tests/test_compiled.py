@@ -393,7 +393,9 @@ def test_empty_batch():
 
 # --- mixed precision ---------------------------------------------------------------------------
 
-mixed_only = pytest.mark.skipif(not _C.mlp_mixed, reason="this processor has no bfloat16 products")
+mixed_only = pytest.mark.skipif(
+    _C.mlp_mixed is None, reason="this processor has no bfloat16 products"
+)
 
 
 @mixed_only
@@ -426,6 +428,32 @@ def test_mixed_precision_ends_with_exact_numbers(name):
     for found in (a, b):
         assert found.converged.float().mean() >= share
     assert (b.iterations - a.iterations).float().mean() < 2
+
+
+COARSE_STEP = """
+import torch, levelset_ext as ls
+from levelset_ext import _C
+from levelset_ext.networks import MLP, ImplicitMLP
+torch.manual_seed(0)
+net = ImplicitMLP(3, 1, 77, 4, activation="softplus", skip=True, beta=5.0).requires_grad_(False)
+x = torch.randn(131, 3)
+step = lambda field: ls.project(field, x, 0.5, max_iters=1, tol=0.0).points - x
+exact, coarse = step(MLP.from_module(net)), step(MLP.from_module(net, mixed=True))
+print(_C.mlp_mixed, float(((exact - coarse).norm(dim=1) / exact.norm(dim=1)).median()))
+"""
+
+
+@pytest.mark.parametrize("isa", ["", "avx512", "avx2"])
+def test_a_coarse_step_is_near_the_exact_one(isa):
+    env = {**os.environ, "LEVELSET_ISA": isa}
+    run = subprocess.run(
+        [sys.executable, "-c", COARSE_STEP], env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-500:]
+    name, error = run.stdout.split()
+    assert name in {"": ("amx", "avx512bf16", "None"), "avx512": ("avx512bf16", "None"),
+                    "avx2": ("None",)}[isa]  # fmt: skip
+    assert float(error) == 0 if name == "None" else 1e-3 < float(error) < 3e-2
 
 
 @mixed_only

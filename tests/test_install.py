@@ -122,7 +122,7 @@ def test_info_is_json_with_what_a_bug_report_needs(capsys):
     assert told["cpu_count"] >= 1
     assert told["vector_bytes"] == _C.mlp_vector_bytes
     assert told["instruction_set"] in ("AVX-512", "AVX2", "128-bit vectors")
-    assert told["mixed_precision"] is _C.mlp_mixed
+    assert told["mixed_precision"] == _C.mlp_mixed
     assert told["packages"]["numpy"] == importlib.metadata.version("numpy")
     assert len(told["devices"]) == len(told["cuda_devices"]) == torch.cuda.device_count()
     assert str(Path.home()) not in json.dumps(told)

@@ -59,7 +59,7 @@ struct MlpTile {
   S* const* slopes;
   S* const* deltas;
   const std::int64_t* stride;  // of a row of any of the three
-  std::uint32_t* pairs;        // (capacity, pair_stride), room for a factor in bfloat16, or null
+  std::uint32_t* pairs;  // (padded capacity, pair_stride), room for a factor in bfloat16, or null
   std::int64_t pair_stride;
 };
 

@@ -21,6 +21,9 @@ std::uint32_t to_bfloat16(float x) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// Pairs of rows that a coarse matrix of so many rows has.
+std::int64_t coarse_depth(std::int64_t rows) { return padded((rows + 1) / 2, kCoarseDepth); }
+
 // Panels of at most two vectors of columns, see MlpNet. element(k, c) is row k, column c.
 template <typename T, typename Element>
 void pack(std::int64_t lanes, std::int64_t rows, std::int64_t columns, T* to, Element element) {
@@ -73,9 +76,9 @@ void mlp_pack(const MlpLayer& layer, Matrix<S> hidden, Matrix<S> inputs, const S
 std::int64_t mlp_place_coarse(MlpLayer& layer, std::int64_t at) {
   const std::int64_t lanes = vector_kernels<float>().lanes;
   layer.coarse_forward_at = at;
-  layer.coarse_backward_at = at + (layer.hidden + 1) / 2 * padded(layer.outputs, lanes);
+  layer.coarse_backward_at = at + coarse_depth(layer.hidden) * padded(layer.outputs, lanes);
   return layer.coarse_backward_at +
-         (layer.outputs + 1) / 2 * padded(layer.hidden + layer.inputs, lanes);
+         coarse_depth(layer.outputs) * padded(layer.hidden + layer.inputs, lanes);
 }
 
 void mlp_pack_coarse(const MlpLayer& layer, Matrix<float> hidden, Matrix<float> inputs,
@@ -85,11 +88,14 @@ void mlp_pack_coarse(const MlpLayer& layer, Matrix<float> hidden, Matrix<float> 
     return to_bfloat16(m.at[row * m.row_stride + column * m.column_stride]);
   };
   const auto pair = [](std::uint32_t low, std::uint32_t high) { return low | high << 16; };
-  pack(lanes, (layer.hidden + 1) / 2, layer.outputs, coarse + layer.coarse_forward_at,
+  pack(lanes, coarse_depth(layer.hidden), layer.outputs, coarse + layer.coarse_forward_at,
        [&](std::int64_t k, std::int64_t c) {
-         return pair(at(hidden, c, 2 * k), 2 * k + 1 < layer.hidden ? at(hidden, c, 2 * k + 1) : 0);
+         const auto number = [&](std::int64_t row) {
+           return row < layer.hidden ? at(hidden, c, row) : std::uint32_t(0);
+         };
+         return pair(number(2 * k), number(2 * k + 1));
        });
-  pack(lanes, (layer.outputs + 1) / 2, layer.hidden + layer.inputs,
+  pack(lanes, coarse_depth(layer.outputs), layer.hidden + layer.inputs,
        coarse + layer.coarse_backward_at, [&](std::int64_t k, std::int64_t c) {
          const auto number = [&](std::int64_t row) {
            if (row >= layer.outputs) return std::uint32_t(0);
@@ -140,8 +146,8 @@ MlpWorkspace<S>::MlpWorkspace(const MlpNet<S>& net, std::int64_t capacity, bool 
   if (net.coarse != nullptr) {
     std::int64_t factor = 0;
     for (int k = 0; k < hidden_layers; ++k) factor = std::max(factor, net.layers[k].outputs);
-    pair_stride_ = padded((factor + 1) / 2, 16) + 16;
-    pairs_at_ = take(capacity * pair_stride_);
+    pair_stride_ = coarse_depth(factor) + 16;
+    pairs_at_ = take(padded(capacity, kCoarseRows) * pair_stride_);
   }
   if (!with_deltas) {
     deltas_at_.assign(std::size_t(net.outputs * hidden_layers), scratch_at_);

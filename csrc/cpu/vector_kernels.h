@@ -56,15 +56,23 @@ constexpr std::int8_t kIrregularRow = -1;
 constexpr std::int64_t kGradientRows = 256;  // rows summed before the registers are written back
 
 // The same products with factors rounded to bfloat16 and sums in float32: about three digits, at
-// twice the rate. Points and biases stay float32.
+// twice the rate and more. Points and biases stay float32. Matrices are packed for 16 lanes.
 struct CoarseKernels {
-  std::int64_t lanes;  // of the packed matrices
+  const char* name;
   void (*forward)(const MlpNet<float>& net, const MlpTile<float>& tile, std::int64_t rows);
   void (*backward)(const MlpNet<float>& net, const MlpTile<float>& tile, std::int64_t rows,
                    int output);
 };
 
+constexpr std::int64_t kCoarseRows = 16;   // what a tile's rows are padded to, in `pairs`
+constexpr std::int64_t kCoarseDepth = 16;  // and the pairs of rows of a matrix, with zeros
+
 // Null where this build or this processor has none.
+const CoarseKernels* coarse_kernels_amx();
+const CoarseKernels* coarse_kernels_bf16();
+
+// The best of them that goes with vector_kernels<float>(), null where none is worth it.
+// LEVELSET_ISA avx512 asks for those of pairs (AVX512-BF16).
 const CoarseKernels* coarse_kernels();
 
 // Null where this build or this processor has no such instructions.

@@ -1,6 +1,6 @@
 // The Python module levelset_ext._C: op schemas for torch, and what Python must not copy by hand.
-// The pybind11 that torch brings is not part of its stable ABI, and before 2.13 refuses to be included
-// where that is asked for.
+// The pybind11 that torch brings is not part of its stable ABI, and before 2.13 refuses to be
+// included where that is asked for.
 #pragma push_macro("TORCH_TARGET_VERSION")
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
@@ -163,7 +163,9 @@ PYBIND11_MODULE(_C, module) {
              pybind11::arg("inputs"), pybind11::arg("double_precision"));
   module.def("mlp_cuda_plan", &mlp_cuda_plan, pybind11::arg("shapes"));
   module.def("mlp_cuda_room", &mlp_cuda_room, pybind11::arg("device"));
-  module.attr("mlp_mixed") = levelset::cpu::coarse_kernels() != nullptr;
+  const levelset::cpu::CoarseKernels* const coarse = levelset::cpu::coarse_kernels();
+  module.attr("mlp_mixed") = coarse != nullptr ? pybind11::object(pybind11::str(coarse->name))
+                                               : pybind11::object(pybind11::none());
   module.attr("mlp_vector_bytes") =
       int(levelset::cpu::vector_kernels<float>().lanes * sizeof(float));
 

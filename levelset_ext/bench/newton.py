@@ -180,7 +180,7 @@ def competitors(problem: Problem, names: Sequence[str]) -> list[Competitor]:
     }
     if x.device.type != "cpu":
         known.pop("compaction, oneDNN")
-    if x.device.type != "cpu" or not _C.mlp_mixed:
+    if x.device.type != "cpu" or _C.mlp_mixed is None:
         known.pop("ours, mixed")
     return [known[name]() for name in names if name in known]
 

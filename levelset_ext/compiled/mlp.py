@@ -114,8 +114,9 @@ class MLP:
                 a row, and D_xF wherever the row does not end, multiply bfloat16 numbers. Whether a
                 row has converged is decided, and ``values`` and ``jacobian`` are returned, in
                 float32. A row may take another way, so to another point of the level set a little
-                aside. On processors without such products (``AVX512-BF16``) nothing changes. On
-                CUDA the first evaluation of a row is the only one in mixed precision.
+                aside. On the CPU this is for AMX, and for AVX512-BF16 unless it is Intel's, which
+                gains nothing by it; elsewhere nothing changes (``levelset-ext info`` says which).
+                On CUDA the first evaluation of a row is the only one in mixed precision.
 
         Raises:
             ValueError: the module is no such chain; the message says where it departs from one.
@@ -327,7 +328,7 @@ class _Pack:
         if cuda_plan is not None:
             numbers, _, pairs = cuda_plan
         else:
-            mixed = mixed and _C.mlp_mixed
+            mixed = mixed and _C.mlp_mixed is not None
         packed, coarse = (None, None) if before is None else before.tensors[:2]
         if packed is None or len(packed) != numbers or packed.device != sources[0].device:
             packed = sources[0].new_empty(numbers)
