@@ -306,12 +306,16 @@ def move_vertex(book: Book) -> str:
 _SPEED = ("newton", "train-step", "false-position", "nearest")
 
 
-def bench(book: Book) -> str:
+_OTHER_PROCESSOR = "bench_xeon"
+
+
+def _speed_rows(book: Book, folder: str, compared: bool) -> list[list[str]]:
+    """A row for each case of the benchmarks in a folder."""
     rows = []
     for name in _SPEED:
-        found = book.files.csv(f"bench/{name}.csv")
+        found = book.files.csv(f"{folder}/{name}.csv")
         if found is None:
-            rows.append([name, NOT_RUN, *["-"] * 5])
+            rows.append([name, NOT_RUN, *["-"] * 6])
             continue
         for case in dict.fromkeys(row["case"] for row in found if not row.get("axis")):
             here = [row for row in found if row["case"] == case]
@@ -330,21 +334,40 @@ def bench(book: Book) -> str:
                     name,
                     case,
                     seconds(mine),
+                    fixed(2)(ratios.get("ours, mixed", math.nan)),
                     fixed(2)(ratios.get("published", math.nan)),
                     f"{best}, {ratios[best]:.2f}",
                     fixed(0)(memory["ours"]),
                     fixed(0)(memory.get("published", math.nan)),
                 ]
             )
-            book.compare(
-                f"{name}: {case}", mine, {best: mine * ratios[best]}, seconds, low=True,
-                near=0.03 * mine,
-            )  # fmt: skip
+            if compared:
+                book.compare(
+                    f"{name}: {case}", mine, {best: mine * ratios[best]}, seconds, low=True,
+                    near=0.03 * mine,
+                )  # fmt: skip
+    return rows
+
+
+def bench(book: Book) -> str:
     head = [
-        "bench", "case", "ours", "published / ours", "best other / ours", "memory, MB",
-        "published, MB",
+        "bench", "case", "ours", "mixed / ours", "published / ours", "best other / ours",
+        "memory, MB", "published, MB",
     ]  # fmt: skip
-    text = [table(head, rows, left=2)]
+    text = []
+    for folder in ("bench", _OTHER_PROCESSOR):
+        found = book.files.json(f"{folder}/newton.json")
+        if found is not None:
+            where = found["environment"]
+            also = "" if folder == "bench" else ", not counted among the comparisons above"
+            text += ["", f"On {where['cpu']}, {where['threads']} threads{also}:", ""]
+        if found is not None or folder == "bench":
+            text.append(table(head, _speed_rows(book, folder, folder == "bench"), left=2))
+    text.append("")
+    text.append(
+        "*Mixed* is the compiled field with bfloat16 products in its early evaluations, by "
+        "AVX512-BF16 on the first processor and by AMX on the second."
+    )
     ops = book.files.csv("bench/ops.csv")
     if ops is not None:
         lost: dict[str, list[float]] = {}

@@ -735,7 +735,8 @@ RESULTS: tuple[Result, ...] = (
         "bench",
         "Against other ways to do the same",
         "no counterpart",
-        tuple(f"bench/{name}.csv" for name in _BENCH),
+        tuple(f"bench/{name}.csv" for name in _BENCH)
+        + tuple(f"bench_xeon/{name}.csv" for name in _BENCH[:4]),
         (
             Step(
                 "levelset-ext bench all --out $OUT",
