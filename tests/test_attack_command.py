@@ -218,6 +218,13 @@ def test_any_factory_black_box_and_digits(
     assert all(a["attacked"] == round(40 * printed["clean_accuracy"]) for a in printed["attacks"])
 
 
+def test_strength_is_by_the_images_where_nothing_is_said() -> None:
+    nothing = {"eps": None, "step": None, "iters": None}
+    assert recipe.strength("cifar10", **nothing) == {"eps": 0.031, "step": 0.003, "iters": 20}
+    assert recipe.strength("mnist", **nothing) == {"eps": 0.3, "step": 0.01, "iters": 40}
+    assert recipe.strength("digits", **nothing | {"eps": 0.0})["eps"] == 0.0
+
+
 def test_binary_checkpoint_with_merged_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -483,22 +483,29 @@ def answer(book: Book) -> list[str]:
             f"and CIFAR10 it is ahead in {ahead} of {len(every)} comparisons and behind in "
             f"{behind}: [the tables](#training-on-few-images)."
         )
-    found = book.files.csv("bench/newton.csv")
-    if found is None:
-        return [*lines, f"speed: {NOT_RUN}"]
-    whole = [row for row in found if not row["axis"]]
-    old = [number(row["ratio_median"]) for row in whole if row["competitor"] == "published"]
-    best = [
-        min(
-            number(row["ratio_median"])
-            for row in whole
-            if row["case"] == case and not row["competitor"].startswith("ours")
+    parts = []
+    for folder in ("bench", _OTHER_PROCESSOR):
+        found, about = (
+            book.files.csv(f"{folder}/newton.csv"),
+            book.files.json(f"{folder}/newton.json"),
         )
-        for case in dict.fromkeys(row["case"] for row in whole)
-    ]
-    return [
-        *lines,
-        f"**Speed.** A projection to a level set: the published algorithm takes {min(old):.1f} to "
-        f"{max(old):.1f} times as long, the best that we could write in torch {min(best):.2f} to "
-        f"{max(best):.2f} times.",
-    ]
+        if found is None or about is None:
+            continue
+        whole = [row for row in found if not row["axis"]]
+        old = [number(row["ratio_median"]) for row in whole if row["competitor"] == "published"]
+        best = [
+            min(
+                number(row["ratio_median"])
+                for row in whole
+                if row["case"] == case and not row["competitor"].startswith("ours")
+            )
+            for case in dict.fromkeys(row["case"] for row in whole)
+        ]
+        parts.append(
+            f"on {about['environment']['cpu']} the published algorithm takes {min(old):.1f} to "
+            f"{max(old):.1f} times as long, the best that we could write in torch {min(best):.2f} "
+            f"to {max(best):.2f} times"
+        )
+    if not parts:
+        return [*lines, f"speed: {NOT_RUN}"]
+    return [*lines, f"**Speed.** A projection to a level set: {'; '.join(parts)}."]

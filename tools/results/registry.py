@@ -739,7 +739,7 @@ RESULTS: tuple[Result, ...] = (
         + tuple(f"bench_xeon/{name}.csv" for name in _BENCH[:4]),
         (
             Step(
-                "levelset-ext bench all --out $OUT",
+                "levelset-ext bench all --repeats 3 --out $OUT",
                 {
                     f"{name}.{kind}": _data(f"bench/{name}.{kind}")
                     for name in _BENCH
