@@ -2,28 +2,12 @@
 #include "vector_kernels.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-// The compiler's own header reads a variable that it means to leave undefined.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-
 #if defined(__clang__)
-#pragma clang attribute push(                                                     \
-    __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma"))), \
-    apply_to = function)
+#define LEVELSET_TARGET "avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma"
 #else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,prefer-vector-width=512")
+#define LEVELSET_TARGET "avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,prefer-vector-width=512"
 #endif
-
-#define LEVELSET_VECTOR_BYTES 64
-#define LEVELSET_BLOCK_ROWS 14
-#define LEVELSET_SQUARE_ROOT_FLOAT(x) _mm512_sqrt_ps(x)
-#define LEVELSET_SQUARE_ROOT_DOUBLE(x) _mm512_sqrt_pd(x)
-#include "lanes.inc"
-#include "mlp_kernels.inc"
+#include "x86_begin.inc"
 
 #include "coarse_kernels.inc"
 
@@ -81,11 +65,7 @@ const CoarseKernels kCoarse = {"avx512bf16", &coarse_forward, &coarse_backward};
 }  // namespace
 }  // namespace levelset::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "x86_end.inc"
 
 namespace levelset::cpu {
 
