@@ -112,10 +112,10 @@ fi
 # shellcheck disable=SC2329  # called by the shell that `run` starts
 finds_the_fault() {
   local status=0 log
-  log=$("$@" 2>&1) || status=$?
-  echo "$log"
+  log=$(mktemp)
+  "$@" 2>&1 | tee "$log" || status=$?
   # The program may fail of the fault itself, and then its status is what comes back.
-  if [ "$status" -eq 0 ] || ! grep -q 'Invalid __global__ read' <<< "$log"; then
+  if [ "$status" -eq 0 ] || ! grep -q 'Invalid __global__ read' "$log"; then
     echo "the sanitizer ended with $status where it had to find an invalid read"
     return 1
   fi
@@ -124,9 +124,9 @@ finds_the_fault() {
 # shellcheck disable=SC2329
 finds_none_of_ours() {
   local status=0 log
-  log=$("$@" 2>&1) || status=$?
-  echo "$log"
-  if [ "$status" -eq 9 ] && ! grep -q 'levelset::' <<< "$log"; then
+  log=$(mktemp)
+  "$@" 2>&1 | tee "$log" || status=$?
+  if [ "$status" -eq 9 ] && ! grep -q 'levelset::' "$log"; then
     echo "none of these is in a kernel of this package"
     return 0
   fi
@@ -142,11 +142,11 @@ if wanted sanitizer; then
     ours=(--kernel-name kns=levelset)
     # What is filtered away is not checked, without a word: first a fault that must be found.
     export -f finds_the_fault finds_none_of_ours
-    run fault 60 bash -c 'finds_the_fault "$@"' bash "${check[@]}" "${ours[@]}" "$python" benchmarks/gpu_ops.py --fault
+    run fault 60 bash -o pipefail -c 'finds_the_fault "$@"' bash "${check[@]}" "${ours[@]}" "$python" benchmarks/gpu_ops.py --fault
     for tool in memcheck racecheck synccheck initcheck; do
       some=("${ours[@]}")
       if [ "$tool" = initcheck ]; then some=(); fi # it has to see torch's kernels write, too
-      run "$tool" 75 bash -c 'finds_none_of_ours "$@"' bash "${check[@]}" "${some[@]}" --tool "$tool" \
+      run "$tool" 75 bash -o pipefail -c 'finds_none_of_ours "$@"' bash "${check[@]}" "${some[@]}" --tool "$tool" \
         "$python" benchmarks/gpu_ops.py --drive
     done
   else
