@@ -47,10 +47,11 @@ def find_nvcc() -> Path | None:
     return nvcc if nvcc is not None and nvcc.exists() else None
 
 
-def cuda_sources() -> list[str]:
+def sources(*floors: str) -> list[str]:
+    """The compiled files of these floors of the house, see csrc/sources.txt."""
     lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
     pairs = [line.split() for line in lines if line and not line.startswith("#")]
-    return [path for floor, path in pairs if floor == "cuda"]
+    return [path for floor, path in pairs if floor in floors]
 
 
 def compile_one(nvcc: Path, source: str, architecture: str, folder: Path) -> str:
@@ -176,7 +177,7 @@ def main() -> int:
     if nvcc is None:
         print("check_cuda_resources: skipped, CUDA_HOME does not name a CUDA toolkit")
         return 0
-    tasks = [(s, a) for s in cuda_sources() for a in arguments.arch]
+    tasks = [(s, a) for s in sources("cuda") for a in arguments.arch]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         reports = pool.map(lambda t: compile_one(nvcc, t[0], t[1], Path(folder)), tasks)

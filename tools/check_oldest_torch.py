@@ -24,7 +24,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from check_cuda_resources import ROOT, sources
+
 # The smallest wheel there is: headers are the same on all platforms.
 PLATFORM = ("--platform", "macosx_11_0_arm64", "--python-version", "3.11")
 TEXTS = ("VERSION", "COMPILER", "TORCH_VERSION", "CUDA_VERSION", "CUDA_ARCHITECTURES")
@@ -53,12 +54,6 @@ def fetch(version: str, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as file:
         file.extractall(folder, [name for name in file.namelist() if HEADER.fullmatch(name)])
     return folder / "torch" / "include"
-
-
-def sources(cuda: bool) -> list[str]:
-    lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
-    pairs = [line.split() for line in lines if line and not line.startswith("#")]
-    return [path for floor, path in pairs if floor == "torch" or (cuda and floor == "torch_cuda")]
 
 
 def complaints(source: str, headers: Path, target: str, toolkit: Path | None) -> str:
@@ -107,7 +102,7 @@ def main() -> int:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(
                 lambda source: complaints(source, headers, target, toolkit),
-                sources(toolkit is not None),
+                sources("torch", *([] if toolkit is None else ["torch_cuda"])),
             )
             failed = [text for text in found if text]
         unknown = unknown_symbols(headers)

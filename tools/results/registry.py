@@ -171,12 +171,25 @@ def _autoattack(
     )  # fmt: skip
 
 
+def _few_images(data: str, settings: dict[str, str]) -> tuple[Step, ...]:
+    """A training on few images for each name, with its settings."""
+    return tuple(
+        Step(
+            f"python python_examples/figure2_fractions.py --out $OUT/{name} --data {data} "
+            f"--network convnet-2a {options} --trial-seeds 1 --candidates 2 --warm 0.25 --resume",
+            {f"{name}/accuracy.csv": _data(f"{name}.csv")},
+        )
+        for name, options in settings.items()
+    )
+
+
 _FEW_OF_CIFAR = {
-    "figure2_cifar10": "--fractions 0.001,0.002,0.005,0.01 --seeds 5 --epochs 100 --most-steps 800",
-    "figure2_cifar10_02_short": "--fractions 0.02 --seeds 5 --epochs 25",
-    "figure2_cifar10_02": "--fractions 0.02 --seeds 8 --epochs 50",
-    "figure2_cifar10_05": "--fractions 0.05 --seeds 5 --epochs 50",
-    "figure2_cifar10_10": "--fractions 0.1 --seeds 5 --epochs 20",
+    "figure2_cifar10": "--fractions 0.001,0.002,0.005,0.01 --seeds 5 --epochs 100 --most-steps 800 "
+    "--test-rows 2000",
+    "figure2_cifar10_02_short": "--fractions 0.02 --seeds 5 --epochs 25 --test-rows 2000",
+    "figure2_cifar10_02": "--fractions 0.02 --seeds 8 --epochs 50 --test-rows 2000",
+    "figure2_cifar10_05": "--fractions 0.05 --seeds 5 --epochs 50 --test-rows 2000",
+    "figure2_cifar10_10": "--fractions 0.1 --seeds 5 --epochs 20 --test-rows 2000",
 }
 _FEW_OF_MNIST = {
     "figure2_mnist": "--fractions 0.001,0.002,0.005,0.01,0.02,0.05 --seeds 5 --epochs 100 "
@@ -594,15 +607,7 @@ RESULTS: tuple[Result, ...] = (
                     "digits/accuracy.png": _image("figure2_digits.png"),
                 },
             ),
-            *(
-                Step(
-                    f"python python_examples/figure2_fractions.py --out $OUT/{name} --data $MNIST "
-                    f"--network convnet-2a {options} --trial-seeds 1 --candidates 2 --warm 0.25 "
-                    "--resume",
-                    {f"{name}/accuracy.csv": _data(f"{name}.csv")},
-                )
-                for name, options in _FEW_OF_MNIST.items()
-            ),
+            *_few_images("$MNIST", _FEW_OF_MNIST),
         ),
         minutes=190,
         seeds="0 to 9 (digits), 0 to 4 (MNIST), 0 to 2 (10 % of MNIST)",
@@ -620,15 +625,7 @@ RESULTS: tuple[Result, ...] = (
         "Training on few images of CIFAR10",
         "Figure 2, Table A2",
         tuple(f"{name}.csv" for name in _FEW_OF_CIFAR),
-        tuple(
-            Step(
-                f"python python_examples/figure2_fractions.py --out $OUT/{name} --data $CIFAR "
-                f"--network convnet-2a {options} --trial-seeds 1 --test-rows 2000 --candidates 2 "
-                "--warm 0.25 --resume",
-                {f"{name}/accuracy.csv": _data(f"{name}.csv")},
-            )
-            for name, options in _FEW_OF_CIFAR.items()
-        ),
+        _few_images("$CIFAR", _FEW_OF_CIFAR),
         minutes=195,
         seeds="0 to 4, 0 to 7 at 2 %",
         full=(
