@@ -104,6 +104,16 @@ def test_public_names_are_there():
         _ = ls.nothing
 
 
+def test_import_leaves_what_is_slow_to_load_for_those_who_use_it():
+    """torch's compiler alone would double the time that every command takes to start."""
+    slow = ("torch._dynamo", "torch._inductor", "sympy", "sklearn", "matplotlib")
+    script = f"import sys, levelset_ext.cli; print([n for n in {slow} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_version_comes_from_one_file():
     version = (ROOT / "VERSION").read_text().strip()
     assert ls.__version__ == ls.build_info()["version"] == version

@@ -1,6 +1,7 @@
 """Eq. 11 and Eq. 12: against the linear SVM, against formulas by hand, and without any point."""
 
 import numpy as np
+import problems
 import pytest
 import torch
 from sklearn.svm import SVC
@@ -134,6 +135,15 @@ def test_samples_can_be_handed_in_and_delta_is_the_smaller_side():
     )
     with pytest.raises(ValueError, match="samples: expected those of N = 1"):
         geometric_svm(net, x[:1], torch.tensor([1]), samples)
+
+
+def test_the_samples_of_the_svm_evaluate_no_point_twice():
+    fn = problems.RowCounter(problems.mlp())
+    samples = svm_samples(fn, problems.points(20))
+    assert samples.boundary.converged.all()
+    points = torch.cat(fn.batches)
+    assert len(points) == len(points.unique(dim=0))
+    torch.testing.assert_close(samples.values, fn.fn(problems.points(20))[:, 0])
 
 
 def test_a_field_without_a_gradient_gives_zero_with_a_graph():

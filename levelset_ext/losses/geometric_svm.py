@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field, as_field, check_points, values_of
+from levelset_ext.field import Field, as_field, check_points
 from levelset_ext.losses.robust import no_samples
 from levelset_ext.margin import check_labels, margin
 from levelset_ext.result import LevelSetResult
 from levelset_ext.sample_network import sample_network
+from levelset_ext.samplers.at_points import level_points
 from levelset_ext.samplers.projection import project
 
 __all__ = ["GeometricSvmLoss", "SvmSamples", "geometric_svm", "svm_samples"]
@@ -68,16 +69,14 @@ def svm_samples(fn: Field, x: Tensor, max_iters: int = 20, tol: float = 1e-5) ->
     :func:`levelset_ext.project`."""
     x = check_points("x", x)
     field = binary_field(fn)
-    boundary = project(field, x, 0.0, max_iters, tol)
+    start = level_points(field, x)
+    boundary = project(field, start, 0.0, max_iters, tol)
     # Both sides in one call: the evaluations of a small batch cost more than its rows.
-    n, p = len(x), boundary.points
+    n = len(x)
     levels = torch.ones(2 * n, dtype=x.dtype, device=x.device)
     levels[:n] = -1
-    sides = project(field, torch.cat([p, p]), levels, max_iters, tol)
-    below, above = sides[:n], sides[n:]
-    with torch.inference_mode(False):
-        values = values_of(field, x)[:, 0]
-    return SvmSamples(boundary, below, above, values)
+    sides = project(field, LevelSetResult.cat([boundary, boundary]), levels, max_iters, tol)
+    return SvmSamples(boundary, sides[:n], sides[n:], start.values[:, 0])
 
 
 def geometric_svm(

@@ -27,6 +27,7 @@ from levelset_ext.margin import check_labels, margin
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers.false_position import RowField, search_segments
 from levelset_ext.samplers.state import check_limits
+from levelset_ext.samplers.uncompiled import uncompiled
 
 __all__ = ["BoundarySamples", "find_boundary", "margin_field"]
 
@@ -70,7 +71,7 @@ def margin_field(fn: Field, labels: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: margin(field(x), labels, check=False)
 
 
-@torch.compiler.disable  # it asks which rows run, and so breaks the graph anyway
+@uncompiled
 def find_boundary(
     fn: Field,
     x: Tensor,

@@ -11,6 +11,7 @@ from levelset_ext import _C, ops
 from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers.state import SamplerState, check_limits
+from levelset_ext.samplers.uncompiled import uncompiled
 
 VARIANTS = tuple(_C.bracket_variants)
 
@@ -18,7 +19,7 @@ VARIANTS = tuple(_C.bracket_variants)
 RowField = Callable[..., Tensor]
 
 
-@torch.compiler.disable  # it asks which rows run, and so breaks the graph anyway
+@uncompiled
 def false_position(
     fn: Field,
     start: Tensor,

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from levelset_ext import _C, ops
 from levelset_ext.compiled import MLP, compiled_field
-from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
+from levelset_ext.field import Field, as_constant_field, check_points, values_of
 from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState, box_bounds, check_limits
+from levelset_ext.samplers.uncompiled import uncompiled
 
 METHODS = ("newton", "gradient_descent", "lbfgs")
 
 
-@torch.compiler.disable  # it asks which rows run, and so breaks the graph anyway
+@uncompiled
 def project(
     fn: Field,
-    x: Tensor,
+    x: Tensor | LevelSetResult,
     level: Tensor | float = 0.0,
     max_iters: int = 20,
     tol: float = 1e-5,
@@ -36,7 +37,8 @@ def project(
 
     Args:
         fn: module or callable (n, *event) -> (n,) or (n, l); rows must not depend on each other.
-        x: starting points, (n, *event), floating point. Not modified.
+        x: starting points, (n, *event), floating point. Not modified. Or what a sampler found with
+            the same ``fn``: its points, at which F and D_xF are known and not evaluated again.
         level: c; a scalar, (l,), (n,) when l = 1, or (n, l), which wins where shapes coincide.
         max_iters: most updates of a row, >= 0.
         tol: a row is done when max_j |F_j - c_j| <= tol, in the units of F.
@@ -57,7 +59,8 @@ def project(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    x = check_points("x", x)
+    known = x if isinstance(x, LevelSetResult) else None
+    x = check_points("x", x if known is None else known.points)
     check_limits(max_iters, tol)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -83,7 +86,7 @@ def project(
     field = as_constant_field(fn)
     # Tensors made in inference mode could not enter the sample network afterwards.
     with torch.inference_mode(False), torch.no_grad():
-        state = SamplerState(x, level)
+        state = SamplerState(x, level, known)
         bounds = box_bounds(box, x)
         if method == "newton":
             _newton(field, state, max_iters, tol, max_step, bounds)
@@ -109,14 +112,12 @@ def _newton(
     given anyway, so the last evaluation of a row is the one that found it converged."""
     lower, upper = bounds
     for iteration in range(max_iters + 1):
-        values, jacobian = jacobian_of(field, state.active_points())
-        jacobian = jacobian.flatten(2)
+        values, jacobian = state.evaluate(field)
         if values.shape[1] > _C.max_outputs:
             raise ValueError(
                 f"fn: expected 1 to {_C.max_outputs} outputs for method newton, got "
                 f"{values.shape[1]}"
             )
-        state.record(values, jacobian)
         if iteration == max_iters:
             break
         ops.newton_update_(
@@ -179,9 +180,7 @@ def _gradient_descent(
     step_size: float,
 ) -> None:
     for iteration in range(max_iters + 1):
-        values, jacobian = jacobian_of(field, state.active_points())
-        jacobian = jacobian.flatten(2)
-        state.record(values, jacobian)
+        values, jacobian = state.evaluate(field)
         gradient = _objective_gradient(state, values, jacobian)
         rows = state.rows
         _judge(state, values, gradient, tol)
@@ -210,9 +209,7 @@ def _lbfgs(
     used = 0
     last_points = state.points.clone()
     for iteration in range(max_iters + 1):
-        values, jacobian = jacobian_of(field, state.active_points())
-        jacobian = jacobian.flatten(2)
-        state.record(values, jacobian)
+        values, jacobian = state.evaluate(field)
         gradient = _objective_gradient(state, values, jacobian)
         if iteration > 0:
             rows, slot = state.rows, (iteration - 1) % history

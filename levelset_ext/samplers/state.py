@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from levelset_ext.field import Field, jacobian_of
 from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
 
@@ -62,7 +63,10 @@ class SamplerState:
     jacobian: Tensor
     level: Tensor
 
-    def __init__(self, x: Tensor, level: Tensor | float) -> None:
+    def __init__(
+        self, x: Tensor, level: Tensor | float, known: LevelSetResult | None = None
+    ) -> None:
+        """``known`` holds F and D_xF at x, in place of the first evaluation."""
         self.event = x.shape[1:]
         self.points = x.detach().flatten(1).clone(memory_format=torch.contiguous_format)
         n = self.points.shape[0]
@@ -70,6 +74,7 @@ class SamplerState:
         self.status = torch.full((n,), int(Status.RUNNING), dtype=torch.int8, device=x.device)
         self.iterations = torch.zeros(n, dtype=torch.int32, device=x.device)
         self.rows = torch.arange(n, device=x.device)
+        self._known = known
         self._recorded = False
 
     def active_points(self) -> Tensor:
@@ -83,6 +88,21 @@ class SamplerState:
     def of_rows(self, tensor: Tensor) -> Tensor:
         """The running rows of a full-size tensor."""
         return tensor if self.all_running() else tensor[self.rows]
+
+    def evaluate(self, field: Field) -> tuple[Tensor, Tensor]:
+        """F (m, l) and D_xF (m, l, d) of the running rows at their points, which are recorded."""
+        if self._known is not None and not self._recorded:
+            values, jacobian = self._known.values, self._known.jacobian
+        else:
+            values, jacobian = jacobian_of(field, self.active_points())
+            if self._known is not None and values.shape[1] != self.values.shape[1]:
+                raise ValueError(
+                    f"x: expected a result with the l = {values.shape[1]} outputs of fn, got "
+                    f"{self.values.shape[1]}"
+                )
+        jacobian = jacobian.flatten(2)
+        self.record(values, jacobian)
+        return values, jacobian
 
     def record(self, values: Tensor, jacobian: Tensor) -> None:
         """Keeps F (m, l) and D_xF (m, l, d) of the running rows at their points."""
