@@ -21,7 +21,8 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
 
     The clone has its own mode flags, submodule tables, plain attributes and buffers, so evaluating
     it changes neither the mode of ``module`` nor what its ``forward`` sets on itself or counts in a
-    buffer, also while another thread trains ``module``. Submodules used twice stay one; modules in
+    buffer, also while another thread trains ``module``. Hooks of the module are called, with
+    whatever rows a sampler evaluates. Submodules used twice stay one; modules in
     plain lists, tuples and dicts and methods bound to the module follow it. Not reached, and used
     as it is: a module in a closure or deeper inside other objects, and what is inside a mutable
     attribute. An optimizer that steps in another thread meanwhile may make torch's backward raise.
@@ -104,7 +105,8 @@ def as_constant_field(fn: Field) -> Field:
     """:func:`as_field` for a sampler, which wants no gradient of parameters: they are constants.
 
     On a CPU a network of convolutions is given images with the channels last, the layout its
-    kernels are written for, and at most 128 of them at once.
+    kernels are written for, and at most 128 of them at once. One that cannot take that layout (it
+    flattens by ``view``) gets images as they come.
     """
     field = as_field(fn)
     if field is fn or not isinstance(field, nn.Module):
@@ -112,7 +114,7 @@ def as_constant_field(fn: Field) -> Field:
     if any(isinstance(m, torch.jit.ScriptModule) for m in field.modules()):
         return field
     constants: dict[int, nn.Parameter] = {}
-    convolves = False
+    filters: list[nn.Parameter] = []
     for module in field.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or type(parameter) is not nn.Parameter:
@@ -122,21 +124,45 @@ def as_constant_field(fn: Field) -> Field:
                 if value.is_inference():
                     with torch.inference_mode(False):  # else autograd refuses it
                         value = value.clone()
-                if value.dim() == 4 and value.device.type == "cpu":
-                    convolves = True
-                    value = value.contiguous(memory_format=torch.channels_last)
                 constants[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                if value.dim() == 4 and value.device.type == "cpu":
+                    filters.append(constants[id(parameter)])
             module._parameters[name] = constants[id(parameter)]
-    return partial(_in_chunks, field) if convolves else field
+    return _InChunks(field, filters) if filters else field
 
 
-def _in_chunks(field: Field, x: Tensor) -> Tensor:
-    if x.dim() != 4 or x.device.type != "cpu":
-        return field(x)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if len(x) <= _CHUNK:
-        return field(x)
-    return torch.cat([field(part) for part in x.split(_CHUNK)])
+class _InChunks:
+    """A network of convolutions on a CPU, whose 4-dimensional parameters are ``filters``."""
+
+    def __init__(self, field: Field, filters: list[nn.Parameter]) -> None:
+        self.field, self.filters = field, filters
+        self.plain = [p.data for p in filters]
+        self.layout = torch.channels_last
+        self._lay_out()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.device.type != "cpu":
+            return self.field(x)
+        if self.layout == torch.channels_last:
+            try:
+                return self._evaluate(x)
+            except RuntimeError:
+                # Most likely view(), which needs rows in one piece. If it is something else, the
+                # network says so again, in the layout its author knows.
+                self.layout = torch.contiguous_format
+                self._lay_out()
+        return self._evaluate(x)
+
+    def _lay_out(self) -> None:
+        for parameter, plain in zip(self.filters, self.plain, strict=True):
+            last = self.layout == torch.channels_last
+            parameter.data = plain.contiguous(memory_format=self.layout) if last else plain
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=self.layout)
+        if len(x) <= _CHUNK:
+            return self.field(x)
+        return torch.cat([self.field(part) for part in x.split(_CHUNK)])
 
 
 def _in_eval_mode(module: nn.Module, x: Tensor) -> Tensor:
@@ -160,6 +186,8 @@ def evaluate(field: Field, x: Tensor) -> Tensor:
     if not isinstance(values, Tensor):
         raise TypeError(f"fn: expected a tensor (n,) or (n, l) back, got {type(values).__name__}")
     n = x.shape[0]
+    if values.dim() == 0 and n == 1:
+        return values[None, None]  # a network that ends with squeeze() has met a single row
     if values.dim() == 1 and values.shape[0] == n:
         return values[:, None]
     if values.dim() == 2 and values.shape[0] == n and values.shape[1] >= 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = ["LayerField"]
+
+
+# torch counts hooks without a lock, and two of one number would be one.
+_REGISTERING = threading.Lock()
 
 
 class _Reached(BaseException):
@@ -81,20 +84,19 @@ class LayerField(nn.Module):
         thread = threading.get_ident()
 
         def stop(module: nn.Module, arguments: Any, output: Any) -> None:
-            # Another thread may be evaluating the same layer for itself.
-            if threading.get_ident() == thread:
+            # Another thread may be evaluating the same layer for itself, and a clone shares the
+            # table of hooks with its original.
+            if module is target and threading.get_ident() == thread:
                 raise _Reached(output)
 
-        # A table of its own for the time of the call: a clone shares that of its original.
-        hooks = target._forward_hooks
-        target._forward_hooks = OrderedDict(hooks)
-        target.register_forward_hook(stop)
+        with _REGISTERING:
+            hook = target.register_forward_hook(stop)
         try:
             self.network(x)
         except _Reached as reached:
             return reached.output
         finally:
-            target._forward_hooks = hooks
+            hook.remove()
         raise ValueError(f"layer: expected {self.layer} to be used by the network's forward")
 
     def extra_repr(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,13 @@ else:
 def _cat_tapes(tapes: Sequence[Tape | None]) -> Tape | None:
     known = [tape for tape in tapes if tape is not None]
     return known[0].cat(known) if len(known) == len(tapes) else None
+
+
+def _is_number(rows: Any) -> bool:
+    """Whether an index is one integer: of Python, of NumPy, or a tensor without dimensions."""
+    if isinstance(rows, Tensor):
+        return rows.dim() == 0 and rows.dtype != torch.bool and not rows.is_floating_point()
+    return isinstance(rows, int | np.integer) and not isinstance(rows, bool)
 
 
 _TENSORS = ("points", "values", "jacobian", "level", "status", "iterations")
@@ -117,8 +126,10 @@ class LevelSetResult:
         return self.points.shape[0]
 
     def __getitem__(self, rows: Any) -> LevelSetResult:
-        """The result of some rows: an int, a slice, a boolean mask (n,) or indices (m,)."""
-        if isinstance(rows, int):
+        """The result of some rows: a number (the dimension stays), a slice, a boolean mask (n,) or
+        indices (m,)."""
+        if _is_number(rows):
+            rows = operator.index(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"row {rows} of a result with {len(self)} rows")
             rows = slice(rows % len(self), rows % len(self) + 1)

@@ -491,6 +491,7 @@ NAN = float("nan")
         ({"step": NAN}, "step: expected a finite number"),
         ({"iters": -1}, "iters: expected"),
         ({"iters": 2.5}, "iters: expected an integer"),
+        ({"iters": 2.0}, r"iters: expected an integer, got 2\.0"),
         ({"restarts": 0}, "restarts: expected at least 1"),
         ({"batch": 0}, "batch: expected at least 1"),
         ({"seed": -1}, "seed: expected at least 0"),
@@ -501,6 +502,30 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     arguments = {"x": x.float(), "y": torch.tensor([0, 1, 2]), "attack": "pgd-margin"}
     with pytest.raises(ValueError, match=message):
         attacks.evaluate(network.float(), **{**arguments, **change})
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("iters", [0, 3])
+def test_a_start_is_brought_into_the_ball(norm: str, early_stop: bool, iters: int) -> None:
+    network, x, y = problem(n=20)
+    found = attacks.pgd(
+        network, x, y, eps=0.01, step=0.001, iters=iters, norm=norm, start=1 - x,
+        early_stop=early_stop,
+    )  # fmt: skip
+    moved = (found.adversarial - x).flatten(1)
+    order = torch.inf if norm == "linf" else 2
+    assert (torch.linalg.vector_norm(moved, order, dim=1) <= 0.01 + 1e-9).all()
+    assert moved.any()
+
+
+def test_targets_are_called_by_their_name() -> None:
+    network, x, y = problem(n=3)
+    one = {"eps": 0.1, "step": 0.1, "iters": 1, "objective": "targeted"}
+    with pytest.raises(ValueError, match=r"targets: expected values in 0 \.\.\. "):
+        attacks.pgd(network, x, y, targets=y + 100, **one)
+    with pytest.raises(ValueError, match=r"targets: expected shape \(n,\) = \(3,\)"):
+        attacks.pgd(network, x, y, targets=y[:2], **one)
 
 
 def test_bad_networks() -> None:

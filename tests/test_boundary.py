@@ -202,6 +202,19 @@ def test_nothing_of_the_caller_changes():
     assert any(q.grad is not None and q.grad.any() for q in net.parameters())
 
 
+def test_what_is_found_under_autocast_is_true_in_full_precision():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10))
+    x = torch.rand(1500, 16)
+    y = net(x).argmax(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = find_boundary(net, x, y, 0.3, step=0.02, iters=20, random_start=False)
+    exact = margin(net(found.result.points), y[found.rows]).detach()
+    torch.testing.assert_close(found.result.values[:, 0], exact, rtol=0, atol=1e-6)
+    assert (exact[found.result.converged].abs() <= 1.2e-5).all()
+    assert found.result.converged.float().mean() > 0.8  # some ends were across by rounding alone
+
+
 def test_steps_shrink_geometrically():
     """Rows that never cross end at x minus the sum of the lengths, 0.16 + 0.08 + 0.04 + 0.02."""
     x = torch.zeros(2, 3, dtype=torch.float64)
@@ -255,6 +268,10 @@ def test_the_walk_keeps_the_last_place_on_its_own_side():
         ({"step_last": 0.0}, "step_last: expected finite lengths > 0"),
         ({"step_eps": 0.0}, "step_eps: expected a length > 0"),
         ({"box": (1.0, 0.0)}, "box: expected low <= high"),
+        (
+            {"x": 3 * torch.ones(2, 6).double()},
+            r"x: expected values within box = \(0.0, 1.0\), got",
+        ),
         ({"keep_below": 0.0}, "keep_below: expected a number > 0"),
         ({"variant": "secant"}, "variant: expected one of"),
     ],

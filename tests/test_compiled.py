@@ -353,6 +353,78 @@ def test_a_changed_parameter_is_noticed(how):
         close(f, s)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gradient_that_has_a_gradient_is_that_of_the_module(name):
+    """A penalty on the gradient in theta, along p(theta) and along F itself."""
+    net, field = network(name)
+    net.eval()
+    x = points(40, field.dimension)
+    found = ls.project(field, x, 0.1, 4)[::2]
+    found = found[found.usable]
+
+    def loss(fn):
+        p = ls.sample_network(fn, found)
+        slopes = torch.autograd.grad(p.sin().sum() + fn(x).square().mean(), parameters, **twice)
+        return p.square().sum() + sum(g.square().sum() for g in slopes if g is not None)
+
+    parameters = list(net.parameters())
+    twice = {"create_graph": True, "allow_unused": True}
+    fast = torch.autograd.grad(loss(field), parameters, allow_unused=True)
+    slow = torch.autograd.grad(loss(net), parameters, allow_unused=True)
+    for f, s in zip(fast, slow, strict=True):
+        f, s = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (f, s))
+        assert (f - s).abs().max() <= 1e-9 * s.abs().max().clamp(min=1e-3), name
+
+
+def test_a_second_derivative_beside_frozen_layers():
+    net, field = network("skip")
+    net.lin1.weight.requires_grad_(False)
+    x = points(20)
+    for fn, collected in ((field, fast := []), (net, slow := [])):
+        (slope,) = torch.autograd.grad(fn(x).exp().sum(), net.lin0.bias, create_graph=True)
+        collected += torch.autograd.grad(slope.square().sum(), [net.lin0.weight, net.lin2.bias])
+    for f, s in zip(fast, slow, strict=True):
+        close(f, s)
+
+
+@pytest.mark.parametrize("how", ["assigned", "a layer", "converted"])
+def test_what_is_put_in_the_place_of_a_parameter_is_followed(how):
+    net = ImplicitMLP(3, 1, 16, 2, activation="silu", frequencies=(2.0,))
+    field = MLP.from_module(net)
+    x = points(9, dtype=torch.float32)
+    close(field(x), net(x))
+    if how == "assigned":
+        net.load_state_dict({k: v * 1.3 for k, v in net.state_dict().items()}, assign=True)
+    elif how == "a layer":
+        net.last = nn.Linear(16, 1)
+    else:
+        net, x = net.double(), x.double()
+    close(field(x), net(x))
+    r = ls.project(field, x, 0.1)
+    close(r.points, ls.project(net, x, 0.1).points)
+    assert r.tape is not None
+    close(field(x.clone().requires_grad_()), net(x))
+
+
+def test_the_field_of_a_module_that_is_gone_goes_on():
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+    x, field = points(5), MLP.from_module(net)
+    expected = net(x)
+    del net
+    close(field(x), expected)
+
+
+@pytest.mark.parametrize("name", ["level", "box"])
+def test_nothing_of_a_result_has_a_gradient(name):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    if name == "level":
+        r = ls.project(net, points(5), torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
+    else:
+        r = ls.project(net, points(5), box=(torch.full((3,), -4.0, requires_grad=True), 4.0))
+    assert not any(t.requires_grad for t in (r.points, r.values, r.jacobian, r.level))
+    ls.sample_network(net, r).sum().backward()
+
+
 def test_a_bad_row_leaves_the_gradient_alone():
     net, field = network("skip")
     x = points(12)
@@ -525,6 +597,40 @@ class Product(nn.Module):
         return self.a(x * x)
 
 
+class Adapted(nn.Linear):
+    """A layer with an adapter that is 0 at first, as LoRA has it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down = nn.Parameter(torch.randn(2, inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, 2))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.t() @ self.up.t()
+
+
+class Bounded(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x).clamp(max=4.0)
+
+
+class Named(nn.Module):
+    """Every argument by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = functional.linear(input=x, weight=self.a.weight, bias=self.a.bias)
+        return self.b(input=torch.tanh(input=h))
+
+
+class NamedOdd(Named):
+    def forward(self, x):
+        return torch.matmul(self.a(x).relu(), other=self.b.weight.t())
+
+
 def hooked():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     net[1].register_forward_hook(lambda module, args, out: out + 1)
@@ -538,6 +644,9 @@ def hooked():
         (Residual, "add"),
         (Product, "mul"),
         (hooked, "hooks"),
+        (NamedOdd, "cannot be read"),
+        (lambda: nn.Sequential(Adapted(3, 8), nn.Tanh(), Adapted(8, 1)), ""),
+        (lambda: nn.Sequential(nn.Linear(3, 8), Bounded(), nn.Linear(8, 1)), "clamp"),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), ""),
         (lambda: nn.Sequential(nn.Conv1d(3, 4, 1)), ""),
     ],
@@ -551,6 +660,29 @@ def test_other_modules_are_refused_with_a_reason_and_projected_as_they_are(make,
         x = points(4)
         r = ls.project(net, x, max_iters=0)
         close(r.values, net.eval()(x).detach())
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_its_class():
+    """At first it computes what its class does, so that no comparison would tell."""
+    net = nn.Sequential(Adapted(3, 16), nn.Tanh(), Adapted(16, 1)).double()
+    assert ls.project(net, points(9)).converged.any()
+    with torch.no_grad():
+        net[0].up.normal_()
+        net[2].up.normal_()
+    r = ls.project(net, points(9), max_iters=50)
+    close(r.values, net(r.points))
+    net = nn.Sequential(nn.Linear(3, 8), Bounded(), nn.Linear(8, 1)).double()
+    far = 1e3 * points(9)
+    close(ls.project(net, far, max_iters=0).values, net(far))
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    net[1].forward = torch.sin
+    close(ls.project(net, far, max_iters=0).values, net(far))
+
+
+def test_arguments_by_name():
+    net = Named().double()
+    assert isinstance(compiled_field(net, points(4)), MLP)
+    close(MLP.from_module(net)(points(9)), net(points(9)))
 
 
 def test_what_a_trace_depends_on_is_watched():

@@ -163,6 +163,54 @@ def test_the_network_is_left_alone(make, train):
     assert first.grad is kept
 
 
+class Viewing(nn.Module):
+    """Flattens by view, as many networks of convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Softplus(), nn.AvgPool2d(2))
+        self.place = nn.Parameter(torch.zeros(1, 6, 3, 3))
+        self.last = nn.Linear(54, 2)
+        self.calls: list[bool] = []
+
+    def forward(self, x):
+        self.calls.append(x.shape[1] == 1 or x.is_contiguous())
+        return self.last((self.features(x) + self.place).view(-1, 54))
+
+
+def test_networks_that_cannot_take_channels_last_get_images_as_they_come():
+    torch.manual_seed(0)
+    net = Viewing().double()
+    x = torch.rand(300, 1, 8, 8, dtype=F64)
+    layouts = [p.stride() for p in net.parameters()]
+    found = ls.project(net, x, net(x).detach() + 0.01, tol=1e-9)
+    assert found.converged.all()
+    torch.testing.assert_close(found.values, net(found.points).detach())
+    torch.testing.assert_close(found.jacobian, ls.value_and_jacobian(net, found.points)[1])
+    boundary = ls.find_boundary(net, x, torch.zeros(300, dtype=torch.int64), iters=3)
+    torch.testing.assert_close(
+        boundary.margins, net(x).detach() @ torch.tensor([1.0, -1.0], dtype=F64)
+    )
+    assert [p.stride() for p in net.parameters()] == layouts
+    # What is really wrong is still said.
+    net.last = nn.Linear(53, 2).double()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        ls.project(net, x)
+
+
+def test_a_network_that_ends_with_squeeze_and_a_single_row():
+    net = problems.mlp()
+    x = problems.points(30)
+    squeezed = lambda x: net(x).squeeze()  # noqa: E731
+    values, jacobian = ls.value_and_jacobian(squeezed, x[:1])
+    assert values.shape == (1, 1)
+    assert jacobian.shape == (1, 1, 3)
+    one = ls.project(squeezed, x, 0.1, tol=1e-12)
+    torch.testing.assert_close(one.points, ls.project(net, x, 0.1, tol=1e-12).points)
+    with pytest.raises(ValueError, match=r"fn: expected \(n,\) = \(2,\)"):
+        ls.value_and_jacobian(lambda x: net(x).sum(), x[:2])
+
+
 def test_the_callers_tensors_are_left_alone():
     x = problems.points(6).requires_grad_()
     level, box = torch.full((6, 1), 0.1, dtype=F64), (x.detach() - 9, x.detach() + 9)

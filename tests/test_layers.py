@@ -99,6 +99,31 @@ def test_another_thread_may_use_the_network_meanwhile() -> None:
     assert wrong == []
 
 
+def test_many_threads_may_use_one_field() -> None:
+    net = network()
+    x = torch.randn(40, 3, dtype=DTYPE)
+    hidden = net.eval()[:4](x)
+    before = {name: len(m._forward_hooks) for name, m in net.named_modules()}
+    field = ls.LayerField(net, "3")
+    failed: list[str] = []
+
+    def work() -> None:
+        for _ in range(150):
+            try:
+                if not torch.equal(field(x), hidden):
+                    failed.append("another output")
+            except ValueError as error:
+                failed.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failed == []
+    assert {name: len(m._forward_hooks) for name, m in net.named_modules()} == before
+
+
 class Odd(nn.Module):
     """One layer that is never used, one that gives a pair."""
 

@@ -1,5 +1,6 @@
 """The pool of samples that follow a level set while it moves."""
 
+import copy
 import math
 
 import problems
@@ -136,6 +137,22 @@ def test_it_goes_on_bit_for_bit_from_its_state():
         return result.points
 
     assert torch.equal(run(None), run(4))
+
+
+def test_a_state_can_be_gone_back_to_more_than_once():
+    sphere, pool = problems.Sphere(), pool_of(60)
+    pool.draw(sphere, 30)
+    kept = copy.deepcopy(pool.state_dict())
+    before = copy.deepcopy(kept)
+    for _ in range(2):
+        pool.load_state_dict(kept)
+        for _ in range(3):
+            pool.draw(sphere, 40)
+    for name, value in before.items():
+        assert torch.equal(kept[name], value) if torch.is_tensor(value) else kept[name] == value
+
+
+def test_a_state_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"state: expected points \(5, 3\), got \(70, 3\)"):
         pool_of(5).load_state_dict(pool_of(70).state_dict())
 

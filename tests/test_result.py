@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import problems
 import pytest
 import torch
@@ -89,6 +90,9 @@ def test_rows_of_a_result():
         (3, [3]),
         (-1, [5]),
         (-6, [0]),
+        (np.int64(2), [2]),
+        (torch.tensor(-2), [4]),
+        (r.residual.argmax(), [int(r.residual.argmax())]),
     ):
         part = r[rows]
         assert isinstance(part, ls.LevelSetResult)

@@ -21,6 +21,7 @@ from levelset_ext.attacks.prepare import (
     attack_copy,
     check_batch,
     check_classes,
+    check_rows,
     input_gradient,
     outside_inference_mode,
     per_row,
@@ -127,7 +128,8 @@ def pgd(
         seed: of the random starts, see :func:`levelset_ext.attacks.prepare.random_start`.
         norm: "linf" or "l2".
         targets: (n,) int64, for "targeted" only.
-        start: (n, *event) points to start the first restart from, instead of a random one.
+        start: (n, *event) points to start the first restart from, instead of a random one; brought
+            into the ball and into [0, 1].
         random: False starts at x itself (one restart is then all there is).
         early_stop: False keeps every row in the batch for all steps and judges its last iterate
             alone, as most libraries do.
@@ -151,7 +153,7 @@ def pgd(
     logits = attack_copy(model, binary=binary)
     x, y, clean = _clean_pass(logits, x, y, binary)
     if targets is not None:
-        targets = check_classes(clean, check_batch(x, targets, norm), False)
+        targets = check_classes(clean, check_rows("targets", targets, x), False, "targets")
     return run_pgd(
         logits,
         x,
@@ -278,7 +280,7 @@ def run_pgd(
             break
         some = x[left]
         if restart == 0 and start is not None:
-            delta = start.detach().to(some)[left] - some
+            delta = _in_ball(start.detach().to(some)[left] - some, settings)
         elif random:
             delta = _offsets(some, left, rows, settings, restart)
         else:
@@ -460,10 +462,8 @@ def _moved(
     clip: bool = True,
 ) -> Tensor:
     """The offsets after one step of this length."""
-    eps = settings.eps
     if settings.norm == "linf":
-        # sign(NaN) is 0.
-        delta = torch.sign(gradient).mul_(step).add_(delta).clamp_(-eps, eps)
+        delta = torch.sign(gradient).mul_(step).add_(delta)  # sign(NaN) is 0
     else:
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         # By the largest entry first: squares of tiny or huge gradients leave the range of float32.
@@ -471,6 +471,14 @@ def _moved(
         gradient = gradient / per_row(torch.where(largest > 0, largest, 1.0), gradient)
         size = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-30)
         delta = delta + gradient * per_row(step / size, gradient)
-        size = torch.linalg.vector_norm(delta.flatten(1), dim=1)
-        delta = delta * per_row(torch.where(size > eps, eps / size, 1.0), delta)
+    delta = _in_ball(delta, settings)
     return (x + delta).clamp_(0, 1).sub_(x) if clip else delta
+
+
+def _in_ball(delta: Tensor, settings: Settings) -> Tensor:
+    """The offsets, in memory that may be written to, brought into the ball."""
+    eps = settings.eps
+    if settings.norm == "linf":
+        return delta.clamp_(-eps, eps)
+    size = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return delta * per_row(torch.where(size > eps, eps / size, 1.0), delta)

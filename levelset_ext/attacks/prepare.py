@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -136,10 +137,7 @@ def check_batch(x: Tensor, y: Tensor, norm: str, **numbers: float) -> Tensor:
         raise ValueError(
             f"x: expected floating-point images (n, *event), got {x.dtype} {tuple(x.shape)}"
         )
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y: expected shape (n,) = ({x.shape[0]},), got {tuple(y.shape)}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"y: expected an integer dtype, got {y.dtype}")
+    y = check_rows("y", y, x)
     if x.numel():
         low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails
@@ -149,19 +147,30 @@ def check_batch(x: Tensor, y: Tensor, norm: str, **numbers: float) -> Tensor:
     for name, value in numbers.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-        if name in ("iters", "restarts") and value != int(value):
-            raise ValueError(f"{name}: expected an integer, got {value}")
+        if name in ("iters", "restarts") and not isinstance(value, Integral):
+            raise ValueError(f"{name}: expected an integer, got {value!r}")
         if name == "restarts" and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    return y.detach().long()
+    return y
 
 
-def check_classes(logits: Tensor, y: Tensor, binary: bool) -> Tensor:
+def check_rows(name: str, labels: Tensor, x: Tensor) -> Tensor:
+    """Labels of the images x, (n,) integers, as int64; their range is not looked at."""
+    if labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name}: expected shape (n,) = ({x.shape[0]},), got {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name}: expected an integer dtype, got {labels.dtype}")
+    return labels.detach().long()
+
+
+def check_classes(logits: Tensor, y: Tensor, binary: bool, name: str = "y") -> Tensor:
     """The labels as 0 ... K - 1, once the logits (n, K) of the network are known."""
     if binary:
-        check_labels(y, 1, "y")
+        check_labels(y, 1, name)
         return (y > 0).long()
-    check_labels(y, logits.shape[1], "y")
+    check_labels(y, logits.shape[1], name)
     return y
 
 

@@ -11,17 +11,28 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from levelset_ext import _C
 from levelset_ext.compiled.tape import Recording, Tape
 from levelset_ext.compiled.trace import Layer, NotAnMLP, Reader
 from levelset_ext.field import evaluation_copy
 from levelset_ext.result import LevelSetResult
+
+_ACTIVATIONS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
+    "none": lambda h, _: h,
+    "relu": lambda h, _: functional.relu(h),
+    "silu": lambda h, _: functional.silu(h),
+    "sine": lambda h, _: torch.sin(h),
+    "tanh": lambda h, _: torch.tanh(h),
+    "softplus": lambda h, layer: functional.softplus(h, layer.sharpness, layer.threshold),
+}
 
 
 def in_transform() -> bool:
@@ -49,8 +60,8 @@ class MLP:
       nor on the number of threads. On CUDA the loop is one launch.
     * On the CPU, what was found with gradients enabled remembers the last evaluation
       (``result.tape``), and the sample network takes the gradient in theta from it instead of
-      evaluating the network again, as long as the parameters have not changed. It is first order
-      only: use the module itself for second derivatives in theta.
+      evaluating the network again, as long as the parameters have not changed. A gradient that
+      is to have a gradient itself (``create_graph=True``) does evaluate it again.
 
     Elsewhere (other devices and dtypes, points that require a gradient) the module is called.
     """
@@ -87,6 +98,7 @@ class MLP:
         self._check()
         if any(buffer._version for buffer in self.module.buffers()):
             raise NotAnMLP("its forward writes to a buffer")
+        self._origin = weakref.ref(module)
         # The copy's own buffers would miss what is written to those of the module.
         for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
             mine._buffers = dict(theirs._buffers)
@@ -107,7 +119,8 @@ class MLP:
 
         Args:
             module: a chain of layers as above, in float32 or float64; it is not copied, so what is
-                trained is what is evaluated.
+                trained is what is evaluated. Where parameters, buffers or layers are replaced by
+                others, the field reads the module anew, as long as it is in use elsewhere too.
             dimension: d; None reads it from the first layer, which fails only where the input is
                 changed before that layer.
             mixed: run the iteration of float32 networks in mixed precision: the first evaluation of
@@ -149,6 +162,18 @@ class MLP:
         if expected.shape != found.shape or not (expected - found).abs().amax() <= rounding * scale:
             raise NotAnMLP("its output differs from what its layers say")
 
+    def _follow(self) -> None:
+        """Reads the module anew where its parameters or buffers are others by now, as after
+        ``load_state_dict(assign=True)``, ``double()`` of buffers or a layer put in its place."""
+        module = self._origin()
+        if module is None:
+            return
+        now = [*module.parameters(), *module.buffers()]
+        if len(now) != len(self._sources) or any(
+            a is not b for a, b in zip(now, self._sources, strict=True)
+        ):
+            MLP.__init__(self, module, self.dimension, self.mixed)
+
     @property
     def dtype(self) -> torch.dtype:
         return self._sources[0].dtype
@@ -163,13 +188,15 @@ class MLP:
 
     def takes(self, x: Tensor) -> bool:
         """Whether the compiled loop can evaluate these points, (n, d)."""
+        if torch.compiler.is_compiling():
+            return False
+        self._follow()
         return (
             x.dim() == 2
             and x.shape[1] == self.dimension
             and x.dtype == self.dtype
             and self._runs_on(x.device)
             and all(s.device == x.device and s.dtype == x.dtype for s in self._sources)
-            and not torch.compiler.is_compiling()
             and not in_transform()
             and not torch.is_autocast_enabled(x.device.type)
             and type(x) is Tensor
@@ -177,7 +204,7 @@ class MLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """F(x), (n,) or (n, l) as the module returns it, differentiable in the parameters."""
-        if x.requires_grad or not self.takes(x):
+        if not self.takes(x) or x.requires_grad:
             return self.module(x)
         if torch.is_grad_enabled() and any(s.requires_grad for s in self._sources):
             if x.device.type != "cpu":
@@ -277,6 +304,22 @@ class MLP:
             for read in (layer.hidden, layer.inputs, layer.bias)
             if read is not None
         ]
+
+    def replay(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """F(x), (n, l), by torch's operations on what :meth:`weights` gave."""
+        left, before = iter(weights), x
+        for layer in self._layers:
+            read = (layer.hidden, layer.inputs, layer.bias)
+            hidden, inputs, bias = (None if f is None else next(left) for f in read)
+            terms = [
+                source @ weight.t()
+                for source, weight in ((before, hidden), (x, inputs))
+                if weight is not None
+            ]
+            if bias is not None:
+                terms.append(bias)
+            before = _ACTIVATIONS[layer.activation](functools.reduce(torch.add, terms), layer)
+        return before
 
     def __repr__(self) -> str:
         layers = ", ".join(

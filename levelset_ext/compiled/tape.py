@@ -103,11 +103,18 @@ class _FromTape(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: list[tuple[Recording, Tensor | None]], *weights: Tensor) -> Tensor:
         ctx.parts = parts
+        ctx.save_for_backward(*weights)
         return torch.cat([r.outputs if rows is None else r.outputs[rows] for r, rows in parts])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient is to have a gradient, which a tape has not
+            points = [r.points if rows is None else r.points[rows] for r, rows in ctx.parts]
+            weights, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
+            values = ctx.parts[0][0].mlp.replay(torch.cat(points), weights)
+            asked = [w for w, want in zip(weights, wanted, strict=True) if want]
+            found_for = iter(torch.autograd.grad(values, asked, gradient, create_graph=True))
+            return None, *(next(found_for) if want else None for want in wanted)
         totals: list[Tensor] | None = None
         start = 0
         for recording, rows in ctx.parts:

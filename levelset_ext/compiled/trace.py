@@ -130,6 +130,14 @@ _CAT = (torch.cat, torch.concat, torch.hstack)
 _LEAVES = (nn.Linear, nn.ReLU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Identity, nn.Dropout)
 
 
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module does what its layer class says. A subclass with a forward of its own (an
+    adapter, a clamp) need not, and is traced through."""
+    return "forward" not in module.__dict__ and any(
+        isinstance(module, leaf) and type(module).forward is leaf.forward for leaf in _LEAVES
+    )
+
+
 # While torch.fx traces it replaces nn.Module.__call__ and __getattr__, for every thread: two traces
 # at once would put each other's functions back, and other threads' modules come by here.
 _TRACING = threading.RLock()
@@ -147,7 +155,7 @@ class _Tracer(fx.Tracer):
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, _LEAVES)
+        return _is_leaf(module)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -175,7 +183,12 @@ class Reader:
         self.values: dict[fx.Node, Any] = {}
         self.dimension = dimension
         for node in graph.nodes:
-            self.values[node] = self._node(node)
+            try:
+                self.values[node] = self._node(node)
+            except NotAnMLP:
+                raise
+            except Exception as error:  # arguments in a form that nothing below looks for
+                raise NotAnMLP(f"{node.target} is called in a way that cannot be read") from error
 
     def _node(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -188,7 +201,7 @@ class Reader:
         args = fx.map_arg(node.args, lambda n: self.values[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: self.values[n])
         if node.op == "call_module":
-            return self._module(self.module.get_submodule(str(node.target)), *args)
+            return self._module(self.module.get_submodule(str(node.target)), *args, **kwargs)
         if node.op == "output":
             return self._output(args[0])
         if not _holds(args, kwargs, (_Wire, _Affine)):
@@ -206,7 +219,7 @@ class Reader:
                 if isinstance(child, nn.Linear):
                     found.append(child.in_features)
             elif user.target is functional.linear or user.target in _MATMUL:
-                weight = user.args[1]
+                weight = user.args[1] if len(user.args) > 1 else user.kwargs.get("weight")
                 if isinstance(weight, fx.Node) and weight.op == "get_attr":
                     shape = self._attribute(str(weight.target))().shape
                     found.append(shape[1 if user.target is functional.linear else 0])
@@ -230,7 +243,8 @@ class Reader:
             raise NotAnMLP(f"it uses the tensor {name}, neither a parameter nor a buffer")
         return lambda: getattr(holder, leaf)
 
-    def _module(self, child: nn.Module, value: Any, *rest: Any) -> Any:
+    def _module(self, child: nn.Module, input: Any) -> Any:
+        value = input  # the name that all of torch's layers have for it
         if isinstance(child, nn.Linear):
             return self._linear(value, *_linear_weights(child))
         if child._forward_hooks or child._forward_pre_hooks:
@@ -247,12 +261,14 @@ class Reader:
 
     def _function(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
-        first = args[0] if args else None
         if target is functional.linear:
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            weight = args[1]
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            weight, bias = given["weight"], given.get("bias")
             if isinstance(weight, _Constant):
-                return self._linear(first, weight.value, None if bias is None else bias.value)
+                return self._linear(
+                    given["input"], weight.value, None if bias is None else bias.value
+                )
+        first = args[0] if args else kwargs.get("input")
         if target in _MATMUL and isinstance(args[1], _Constant):
             transposed = args[1].value
             return self._linear(first, lambda: transposed().t(), None)

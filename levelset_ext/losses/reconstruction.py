@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -179,8 +180,8 @@ def reconstruction(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    if not p >= 1:
-        raise ValueError(f"p: expected an exponent >= 1, got {p}")
+    if not 1 <= p < math.inf:
+        raise ValueError(f"p: expected a finite exponent >= 1, got {p}")
     if not lam >= 0:
         raise ValueError(f"lam: expected a number >= 0, got {lam}")
     sets = [samples] if isinstance(samples, LevelSetResult) else list(samples)

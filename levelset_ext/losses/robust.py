@@ -66,6 +66,10 @@ def robust(
         ValueError: samples of another batch, a distance that is not there, eps or lam of another
             shape or below 0.
     """
+    if not isinstance(samples, BoundarySamples):
+        raise TypeError(
+            f"samples: expected the BoundarySamples of find_boundary, got {type(samples).__name__}"
+        )
     n = x.shape[0]
     if y.shape != (n,) or samples.margins.shape != (n,):
         raise ValueError(
@@ -129,7 +133,7 @@ def _per_example(
     name: str, value: float | Tensor | tuple[float, float], correct: Tensor, like: Tensor
 ) -> Tensor:
     n = correct.shape[0]
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         if len(value) != 2:
             raise ValueError(f"{name}: expected a pair (correct, wrong), got {value!r}")
         pair = torch.tensor(value, dtype=like.dtype, device=like.device)

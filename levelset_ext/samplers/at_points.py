@@ -30,7 +30,7 @@ def level_points(fn: Field, x: Tensor) -> LevelSetResult:
     x = check_points("x", x)
     if isinstance(fn, MLP) and fn.takes(x):
         keep = torch.is_grad_enabled()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             found = fn.evaluate(x, keep)
         finite = found.status != Status.NON_FINITE
         status = torch.where(finite, found.rank_status, found.status)

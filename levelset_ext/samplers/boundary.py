@@ -119,7 +119,7 @@ def find_boundary(
         step_eps: if given, ``step`` is meant for boxes of this size, and a correct example steps
             by ``step * eps_correct / step_eps``: eps that grows during a training keeps its steps
             in proportion. Wrong examples step by ``step``.
-        box: (low, high) that all points stay within; None for no limits.
+        box: (low, high) that all points stay within, as x does; None for no limits.
         random_start: start at the example itself instead if False.
         start: (n, *event), places to start at, brought into the boxes; ``random_start`` then does
             not count. The ``ends`` of a visit, with x at most a little changed since, save steps.
@@ -132,7 +132,8 @@ def find_boundary(
         did not cross, have no point.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, a label is out of range.
+        TypeError, ValueError: an argument is not as described, a label is out of range, or x lies
+            outside of ``box``, as images that were normalised do.
     """
     x = check_points("x", x)
     n = x.shape[0]
@@ -149,6 +150,8 @@ def find_boundary(
         raise ValueError(f"start: expected shape {tuple(x.shape)}, got {tuple(start.shape)}")
     if not keep_below > 0:
         raise ValueError(f"keep_below: expected a number > 0, got {keep_below!r}")
+    if box is not None:
+        _check_inside(x, box)
     field = as_constant_field(fn)
     labels = y.detach().to(x.device)
     widths = _per_row("eps_correct", eps_correct, x, 0), _per_row("eps_wrong", eps_wrong, x, 0)
@@ -181,6 +184,7 @@ def find_boundary(
             row_field, x, start, margins, correct, eps, steps, shrink, iters, box
         )
         rows = everyone[crossed]
+        rounded = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             result = search_segments(
                 lambda points, k: row_field(points, rows[k]),
@@ -192,10 +196,25 @@ def find_boundary(
                 variant,
                 start_values=values[rows, 0],
                 end_values=values[rows, 1],
+                rounded_ends=rounded,
             )
         near = result.residual < keep_below
         rows = rows[near]
         return BoundarySamples(result[near], rows, correct[rows], margins, crossed, after)
+
+
+def _check_inside(x: Tensor, box: tuple[float, float]) -> None:
+    if x.numel() == 0:
+        return
+    # What is not finite has no point anyway; a little is what rounding may add.
+    inside = torch.nan_to_num(x.detach(), nan=box[0], posinf=box[1], neginf=box[0])
+    low, high = (float(v) for v in torch.aminmax(inside))
+    slack = 1e-5 * max(1.0, abs(box[0]), abs(box[1]))
+    if low < box[0] - slack or high > box[1] + slack:
+        raise ValueError(
+            f"x: expected values within box = {tuple(box)}, got values from {low:g} to {high:g}; "
+            "pass the range of your images, or box=None"
+        )
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:

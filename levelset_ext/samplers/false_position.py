@@ -9,7 +9,7 @@ from torch import Tensor
 
 from levelset_ext import _C, ops
 from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
-from levelset_ext.result import LevelSetResult
+from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState, check_limits
 from levelset_ext.samplers.uncompiled import uncompiled
 
@@ -94,8 +94,15 @@ def search_segments(
     *,
     start_values: Tensor | None,
     end_values: Tensor | None,
+    rounded_ends: bool = False,
 ) -> LevelSetResult:
-    """:func:`false_position` for a field that depends on the row, as a margin does on its label."""
+    """:func:`false_position` for a field that depends on the row, as a margin does on its label.
+
+    With ``rounded_ends`` the known values are of lower precision than the search. They may have put
+    a row on the level set, or a root between its ends, that is not there; so ``values`` are those
+    of the evaluation at the points found, and a row that they say is not within ``tol`` is
+    ``STALLED``.
+    """
     check_limits(max_iters, tol)
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -140,9 +147,13 @@ def search_segments(
         points = state.points.view(n, *state.event)
         jacobian = points.new_zeros(0, 1, *state.event)
         if n:  # many networks cannot reshape a batch without rows
-            _, jacobian = jacobian_of(lambda x: field(x, everyone), points)
+            values, jacobian = jacobian_of(lambda x: field(x, everyone), points)
         state.rows = everyone
         answers = bracket[:, _C.bracket_value, None].to(state.points.dtype)
+        if rounded_ends and n:
+            answers = values
+            missed = (state.status == Status.CONVERGED) & ~((values - c).abs() <= tol)[:, 0]
+            state.status[missed] = int(Status.STALLED)
         state.record(answers, jacobian.flatten(2))
         return state.finish(tol)
 

@@ -142,6 +142,8 @@ class SamplePool:
                 f"state: expected points {tuple(self.points.shape)}, "
                 f"got {tuple(state['points'].shape)}"
             )
-        self.points = state["points"].to(self.points)
-        self._lost, self._order = state["lost"].cpu(), state["order"].cpu()
+        # Copies, as a draw writes to them: the state may be gone back to once more.
+        self.points = state["points"].to(self.points, copy=True)
+        self._lost = state["lost"].to("cpu", copy=True)
+        self._order = state["order"].to("cpu", copy=True)
         self._next = int(state["next"])

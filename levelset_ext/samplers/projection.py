@@ -73,7 +73,7 @@ def project(
     compiled = compiled_field(fn, x) if method == "newton" else None
     if compiled is not None:
         keep = isinstance(fn, MLP) and torch.is_grad_enabled()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             return compiled.newton(
                 x,
                 level_rows(level, len(x), compiled.outputs, x),
