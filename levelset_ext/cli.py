@@ -22,6 +22,7 @@ from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.observers import add_observer_options, chosen_observers
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.ranks import launched, rank_of_launch, restarted, started
+from levelset_ext.recipes.run_folder import check_apart
 from levelset_ext.recipes.sweep import add_sweep_command
 from levelset_ext.recipes.train import add_train_command
 
@@ -42,8 +43,10 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    from levelset_ext.recipes.reconstruct import load_cloud, preset, reconstruct
+    from levelset_ext.recipes.reconstruct import RESULTS, load_cloud, preset, reconstruct
 
+    if args.scan is not None:
+        check_apart("scan", args.scan, Path(args.out), RESULTS)
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
     config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
@@ -67,14 +70,21 @@ def _reconstruct(args: argparse.Namespace) -> None:
         )
         if (folded := 1 - metrics.get("sign_change_share", 1.0)) > 0.001:
             say(
-                f"note: F has the same sign on both sides of {100 * folded:.2g} % of the cloud; "
+                f"note: F has the same sign on both sides of {100 * folded:.3g} % of the cloud; "
                 "the surface misses it there, or has bubbles or holes, see preview.png"
             )
 
 
 def _curve(args: argparse.Namespace) -> None:
-    from levelset_ext.recipes.curve import curve_preset, load_curve_points, reconstruct_curve
+    from levelset_ext.recipes.curve import (
+        RESULTS,
+        curve_preset,
+        load_curve_points,
+        reconstruct_curve,
+    )
 
+    if args.points is not None:
+        check_apart("points", args.points, Path(args.out), RESULTS)
     device, observers = parse_device(args.device), chosen_observers(args)
     config = curve_preset(args.preset, args.steps, args.seed)
     cloud = load_curve_points(args.points, args.seed)
@@ -131,11 +141,11 @@ def _trim(args: argparse.Namespace) -> None:
         raise InputError(f"distance: expected a share > 0, got {share}")
     if out.suffix.lower() != ".ply" or out.is_dir():
         raise InputError(f"out: expected a file NAME.ply to write, got {out}")
-    if args.scan is not None and out.exists() and out.samefile(args.scan):
-        raise InputError(f"out: expected another file than the scan, got {out}")
     mesh, points, length = read_mesh(args.mesh), None, math.inf
     if args.scan is not None:
         points = read_points(args.scan)
+        if out.exists() and out.samefile(args.scan):
+            raise InputError(f"out: expected another file than the scan, got {out}")
         diagonal = float(np.linalg.norm(np.ptp(points, axis=0)))
         if not diagonal > 0:
             raise InputError(f"{args.scan}: expected points in different places, got one place")
@@ -231,7 +241,12 @@ def _parser() -> _Parser:
     one = commands.add_parser("compare", help="distances between two surfaces, as JSON")
     one.add_argument("mesh", metavar="MESH")
     one.add_argument("truth", metavar="TRUTH")
-    one.add_argument("--samples", type=int, default=30_000, help="points drawn from each surface")
+    one.add_argument(
+        "--samples",
+        type=int,
+        default=30_000,
+        help="points drawn from each surface, for the chamfer distances and normals",
+    )
     one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
     one.set_defaults(run=_compare)
 
@@ -285,6 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (RuntimeError, ValueError) as error:
         print(f"{program}: failed: {error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"{program}: failed: not enough memory ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; --resume goes on", file=sys.stderr)

@@ -57,6 +57,8 @@ class Run:
         if resume and config.exists():
             self._check(read_json(config), header)
         else:
+            if self.parts.exists() or config.exists():
+                self._check_own(config)
             shutil.rmtree(self.parts, ignore_errors=True)
             write_json(config, header)
         self.parts.mkdir(exist_ok=True)
@@ -71,6 +73,15 @@ class Run:
         if changed:
             raise InputError(
                 f"{self.out}: expected the same settings to resume, got other {', '.join(changed)}"
+            )
+
+    def _check_own(self, config: Path) -> None:
+        """What would be removed is to be of an earlier run of this experiment."""
+        stored = read_json(config) if config.exists() else None
+        if not isinstance(stored, dict) or stored.get("kind") != self.kind:
+            raise InputError(
+                f"{self.out}: its config.json and parts would be replaced and are not of "
+                f"{self.kind}; choose another folder"
             )
 
     def unit(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import io
 import itertools
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,6 +28,8 @@ def records(path: Path) -> np.ndarray:
         raise ValueError(f"offsets: expected {len(labels) + 1} ascending places")
     if offsets[0] < 0 or offsets[-1] > len(blob):
         raise ValueError(f"offsets: expected places within {len(blob)} bytes")
+    if len(labels) and labels.max() > 9:
+        raise ValueError(f"expected labels of 0 to 9, got {labels.max()}")
     table = np.empty((len(labels), 3073), np.uint8)
     table[:, 0] = labels
     for row, (begin, end) in enumerate(itertools.pairwise(offsets)):
@@ -43,14 +46,18 @@ def main() -> int:
     parser.add_argument("test", type=Path, metavar="TEST.npz")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"{args.out}: {error}", file=sys.stderr)
+        return 2
     for path, names in (
         (args.train, [f"data_batch_{i}.bin" for i in range(1, 6)]),
         (args.test, ["test_batch.bin"]),
     ):
         try:
             table = records(path)
-        except (OSError, KeyError, ValueError, UnidentifiedImageError) as error:
+        except (OSError, KeyError, ValueError, UnidentifiedImageError, BadZipFile) as error:
             print(f"{path}: {error}", file=sys.stderr)
             return 2
         for name, part in zip(names, np.array_split(table, len(names)), strict=True):

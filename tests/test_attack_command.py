@@ -278,6 +278,62 @@ def test_bad_input(
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_and_options_belong_to_a_factory(
+    checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, message in (
+        (["--weights", "w.pt"], "weights: expected it with --model alone, got w.pt"),
+        (["--model-options", "{bad"], "model-options: expected it with --model alone"),
+        (["--source-weights", "w.pt"], "source: expected --source or --source-model, got neither"),
+        (
+            ["--source", checkpoint, "--source-weights", "w.pt"],
+            "source-weights: expected it with --source-model alone",
+        ),
+    ):
+        assert main(command(checkpoint, data, "--out", str(tmp_path / "out"), *words)) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_networks_of_one_factory_have_their_own_weights(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_network.py").write_text(
+        "from levelset_ext.networks import build\n"
+        "def make(): return build('convnet-2a', 10, (1, 8, 8))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("convnet-2a", 10, (1, 8, 8)).state_dict(), "weights.pt")
+    make = "own_network:make"
+    words = ["attack", "--data", data, "--attack", "transfer-xent-1", "--eps", "0.1"]
+    words += ["--model", make, "--weights", "weights.pt", "--source-model", make]
+    assert main([*words, "--source-weights", "weights.pt", "--out", "alike"]) == 0
+    config = json.loads((tmp_path / "alike" / "config.json").read_text())
+    assert config["source"] == config["model"]
+
+
+def test_a_network_of_other_images_is_named(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))"
+    (tmp_path / "other_network.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert main(["attack", "--data", data, "--model", "other_network:make"]) == 2
+    message = "model: expected a network of images (1, 8, 8) in torch.float32, got from its forward"
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_kind_stays(
+    checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "parts").mkdir(parents=True)
+    (out / "config.json").write_text('{"kind": "levelset_ext train 1", "settings": {}}')
+    assert main(command(checkpoint, data, "--out", str(out))) == 2
+    assert "parts, config.json would be replaced and is not of an attack" in capsys.readouterr().err
+    assert (out / "parts").is_dir()
+
+
 def test_bad_networks_and_data(
     checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,7 +344,7 @@ def test_bad_networks_and_data(
         assert not out.exists()
         return capsys.readouterr().err
 
-    assert "expected CHECKPOINT or --model, got neither" in refused()
+    assert "model: expected CHECKPOINT or --model, got neither" in refused()
     assert "model-options: expected a JSON object" in refused(
         "--model", "a:b", "--model-options", "["
     )

@@ -98,6 +98,14 @@ def test_degenerate_faces_are_not_sampled() -> None:
     assert compare_meshes(flat, BALL, **FEW)["two_sided_ratio"] == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(1000.0, 0.0), (0.1, 0.0), (1.0, 100.0)])
+def test_meshes_in_other_units_are_refused_at_once(scale: float, shift: float) -> None:
+    truth = trimesh.creation.icosphere(3)
+    mesh = trimesh.Trimesh(truth.vertices * scale + shift, truth.faces)
+    with pytest.raises(ValueError, match=r"mesh: expected the size and the place .* same units\?"):
+        compare_meshes(mesh, truth)
+
+
 def test_bad_arguments() -> None:
     empty = trimesh.Trimesh(np.zeros((0, 3)), np.zeros((0, 3), int))
     with pytest.raises(ValueError, match="mesh: expected a mesh with faces"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -301,6 +302,52 @@ def test_foreign_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", {"kind": "something else"})
     with pytest.raises(InputError, match="another file"):
         load_checkpoint(tmp_path / "a.pt", recipe.KIND)
+
+
+def test_a_checkpoint_without_its_entries_is_a_clear_error(tmp_path: Path) -> None:
+    config = {"kind": recipe.KIND, "cloud": "ellipsoid", "digest": small_cloud().digest}
+    write_json(tmp_path / "config.json", {**config, "settings": asdict(SMALL)})
+    save_checkpoint(tmp_path / "checkpoint.pt", {"kind": recipe.KIND})
+    with pytest.raises(InputError, match=r"checkpoint\.pt: expected a checkpoint of this run"):
+        recipe.reconstruct(small_cloud(), tmp_path, SMALL, resume=True)
+
+
+@pytest.mark.parametrize("name", ["mesh.ply", "tensorboard/scan.npy"])
+def test_a_scan_where_the_run_would_write_is_kept(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = tmp_path / name
+    scan.parent.mkdir(exist_ok=True)
+    scan.write_bytes(b"mine")
+    assert main(["reconstruct", str(scan), "--out", str(tmp_path)]) == 2
+    own = name.split("/")[0]
+    assert f"scan: {scan} is where this run writes its own {own}" in capsys.readouterr().err
+    assert main(["curve", str(tmp_path / "curve.ply"), "--out", str(tmp_path)]) == 2
+    assert scan.read_bytes() == b"mine"
+
+
+def test_files_that_no_reconstruction_has_made_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "history.csv").write_text("mine")
+    assert main(["reconstruct", "--out", str(tmp_path), "--steps", "1"]) == 2
+    message = f"{tmp_path}: history.csv would be replaced and is not of a reconstruction"
+    assert message in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["reconstruct", "--out", str(tmp_path), "--steps", "1"]) == 2
+    assert (tmp_path / "history.csv").read_text() == "mine"
+
+
+def test_the_figures_of_a_step_add_up(tmp_path: Path) -> None:
+    config = replace(SMALL, steps=6, lam_first=0.0, lam_last=4.0, lam_steps=6)
+    recipe.reconstruct(small_cloud(), tmp_path, config)
+    with (tmp_path / "history.csv").open() as stream:
+        last = list(csv.DictReader(stream))[-1]
+    parts = [float(last[f"loss_{name}"]) for name in ("projected", "other_levels", "cloud")]
+    assert float(last["lam"]) == pytest.approx(4.0 * (5 / 6) ** config.lam_power)
+    assert float(last["loss"]) == pytest.approx(
+        parts[0] + parts[1] + float(last["lam"]) * parts[2], rel=1e-4
+    )
 
 
 def test_non_finite_step_is_skipped_and_counted() -> None:

@@ -294,6 +294,71 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
         read_points("null\0byte.ply")
 
 
+def test_a_mesh_of_several_materials_and_polygons_is_one(tmp_path: Path) -> None:
+    sphere = trimesh.creation.icosphere(2)
+    lines = ["mtllib a.mtl", "vt 0 0", "vn 0 0 1"]
+    lines += [f"v {x!r} {y!r} {z!r} 0.5 0.5 0.5" for x, y, z in sphere.vertices.tolist()]
+    for k, (a, b, c) in enumerate((sphere.faces + 1).tolist()):
+        lines += [f"usemtl {k % 3}", f"o part{k % 2}"] if k % 50 == 0 else []
+        lines.append(f"f {a}/1/1 {b}//1 {c}/1" if k % 2 else f"f {a - 163} {b} \\\n {c}")
+    (tmp_path / "a.obj").write_text("\n".join(lines))
+    mesh = read_mesh(tmp_path / "a.obj")
+    assert np.array_equal(mesh.vertices, sphere.vertices)
+    assert np.array_equal(mesh.faces, sphere.faces)
+    assert mesh.is_watertight
+    (tmp_path / "b.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3 4\nl 1 2\n")
+    assert read_mesh(tmp_path / "b.obj").faces.tolist() == [[0, 1, 2], [0, 2, 3]]
+    off = "COFF\n# a square\n4 1 0\n0 0 0 255 0 0\n1 0 0\n1 1 0\n0 1 0\n\n4 0 1 2 3 0.5 0.5 0.5\n"
+    (tmp_path / "b.off").write_text(off)
+    assert read_mesh(tmp_path / "b.off").faces.tolist() == [[0, 1, 2], [0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.off", "OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "expected 2 faces, got 1"),
+        ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1\n", "line 6: expected a count"),
+        ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", r"indices in 0\.\.2"),
+        ("a.off", "OFF\n3 -1 0\n0 0 0\n", "line 2: expected the counts"),
+        ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 0 1 2\n", "line 4: expected 'f a b c'"),
+        ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf -4 -2 -1\n", "line 4: expected 'f a b c'"),
+        ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf a b c\n", "line 4: expected 'f a b c'"),
+        ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf\n", "line 4: expected 'f a b c'"),
+        ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", r"indices in 0\.\.2, got 0\.\.8"),
+    ],
+)
+def test_faces_that_cannot_be(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_mesh(tmp_path / name)
+
+
+@pytest.mark.parametrize("line", ["1,5;2,5;3,5", "1,5 2,5 3,5", "1,5\t2\t3"])
+def test_decimal_commas_are_not_misread(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_text(f"{line}\n")
+    with pytest.raises(InputError, match="line 1: expected decimal points, got commas"):
+        read_points(tmp_path / "a.xyz")
+
+
+@pytest.mark.parametrize("line", ["1.5,2,3", "1,2,3", "1, 2, 3", "1;2;3", "1.0,2.0,3.0 255,0,0"])
+def test_commas_between_numbers_are_fine(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_text(f"{line}\n")
+    assert read_points(tmp_path / "a.xyz").shape == (1, 3)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_comments_of_a_ply_may_be_in_any_language(end: str, tmp_path: Path) -> None:
+    header = [
+        "ply",
+        "format ascii 1.0",
+        "comment scanned by \u00c5sa \u2028 \u5c45",
+        "element vertex 1",
+    ]
+    header += [f"property float {axis}" for axis in "xyz"] + ["end_header", "1 2 3", ""]
+    (tmp_path / "a.ply").write_bytes(end.join(header).encode())
+    assert read_points(tmp_path / "a.ply").tolist() == [[1, 2, 3]]
+
+
 def test_bad_meshes(tmp_path: Path) -> None:
     path = tmp_path / "a.ply"
     path.write_bytes(ply(vertex_header(200), CLOUD.astype("<f4").tobytes()))

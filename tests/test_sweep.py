@@ -53,8 +53,8 @@ def test_a_table_of_all_runs_and_nothing_is_done_twice(
     kept = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/metrics.json")}
     assert len(kept) == 3
     capfd.readouterr()
-    assert command(out, "cross-entropy,hinge", "--resume", "--attack", "pgd-xent-2") == 2
-    assert "got other attack" in capfd.readouterr().err
+    assert command(out, "cross-entropy,hinge", "--resume", "--limit", "50") == 2
+    assert "got other limit" in capfd.readouterr().err
     assert command(out, "cross-entropy,hinge", "--resume") == 0
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     rows = table(out)
@@ -77,6 +77,58 @@ def test_a_table_of_all_runs_and_nothing_is_done_twice(
     assert first["clean_accuracy_mean"] == pytest.approx(statistics.fmean(values))
     assert first["clean_accuracy_deviation"] == pytest.approx(statistics.stdev(values))
     assert "step 2/2" in (out / "runs" / "hinge-1-0" / "log.txt").read_text()
+
+
+def test_networks_that_are_there_can_be_attacked_and_attacked_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command(out, "hinge") == 0
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/metrics.json")}
+    assert "robust" not in capfd.readouterr().err
+    for strength in ("0.1", "0.1", "0"):
+        assert command(out, "hinge", "--resume", "--attack", "pgd-xent-2", "--eps", strength) == 0
+        rows = table(out)
+        assert all(r["robust_accuracy"] <= r["clean_accuracy"] for r in rows)
+    assert all(r["robust_accuracy"] == r["clean_accuracy"] for r in rows)  # eps 0
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    attacked = json.loads((out / "runs/hinge-1-0/attack/config.json").read_text())
+    assert attacked["settings"]["eps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (["--attack", "pgd-xentt"], "attack: expected one of"),
+        (["--attack", "pgd-xent", "--eps", "-1"], "eps: expected a finite number >= 0"),
+        (["--attack", "transfer-xent"], "source: expected a network"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_said_before_anything_is_trained(
+    attack: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command(tmp_path / "out", "hinge", *attack) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_seed_has_no_deviation(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", "hinge", "--out", str(tmp_path / "out"), "--seeds", "1", *WORDS]
+    assert main(words) == 0
+    said = capfd.readouterr().err
+    assert "1 done, clean accuracy" in said
+    assert "nan" not in said
+
+
+def test_files_of_somebody_else_are_not_removed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    (out / "runs" / "mine.txt").write_text("mine")
+    assert command(out, "hinge") == 2
+    assert "runs would be replaced and is not of a sweep" in capfd.readouterr().err
+    assert (out / "runs" / "mine.txt").read_text() == "mine"
 
 
 def test_a_broken_run_is_reported_and_the_others_finish(

@@ -665,6 +665,18 @@ def test_folders_that_cannot_be_used(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "expected the config of a training, got another" in capfd.readouterr().err
 
 
+def test_the_network_to_start_from_is_not_removed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe.train(digits(), digits("test"), tmp_path, small("hinge", steps=2))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    own = str(tmp_path / "checkpoint.pt")
+    assert main(["train", "hinge", "--init", own, "--out", str(tmp_path), "--steps", "1"]) == 2
+    message = f"init: {own} is where this run writes its own checkpoint.pt"
+    assert message in capfd.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_checkpoints_that_cannot_be_gone_on_with(tmp_path: Path) -> None:
     config = small("cross-entropy", steps=2)
     recipe.train(digits(), digits("test", 20), tmp_path, config)

@@ -320,8 +320,17 @@ def check_evaluation(
     for network in (model, source):
         if network is not None:
             copy = attack_copy(network, binary=binary)
-            with torch.no_grad():
-                out = copy(x[:1].detach().to(_device_of(network, x)).clone())
+            one = x[:1].detach().to(_device_of(network, x)).clone()
+            try:
+                with torch.no_grad():
+                    out = copy(one)
+            except RuntimeError as error:
+                first = str(error).strip().splitlines()[0]
+                name = "model" if network is model else "source"
+                raise ValueError(
+                    f"{name}: expected a network of images {tuple(one.shape[1:])} in {one.dtype}, "
+                    f"got from its forward: {first}"
+                ) from error
             check_classes(out, y, binary)
     return attacks
 

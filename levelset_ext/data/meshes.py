@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import trimesh
 
+from levelset_ext.data.text_meshes import read_obj, read_off
 from levelset_ext.errors import InputError
 from levelset_ext.whole_files import write_whole
 
@@ -155,7 +156,9 @@ def _parse_header(file: Path, blob: bytes) -> tuple[str, list[_Element], int]:
 
     encoding = ""
     elements: list[tuple[str, int, list[_Property]]] = []
-    for raw in blob[:end].decode("latin-1").splitlines()[1:]:
+    # As bytes: of text, splitlines would also split within a comment in UTF-8.
+    for line in blob[:end].splitlines()[1:]:
+        raw = line.decode("latin-1")
         words = raw.split()
         if not words or words[0] in ("comment", "obj_info"):
             continue
@@ -407,6 +410,10 @@ def read_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
     if suffix == ".ply":
         elements = read_ply(file)
         vertices, faces = ply_vertices(file, elements), _ply_faces(file, elements)
+    elif suffix == ".obj":
+        vertices, faces = read_obj(file)
+    elif suffix == ".off":
+        vertices, faces = read_off(file)
     else:
         vertices, faces = load_with_trimesh(file)
     if not len(vertices):

@@ -4,7 +4,6 @@ and a synthetic range scan for runs without a file."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,14 @@ from levelset_ext.data.meshes import (
     load_with_trimesh,
     ply_vertices,
     read_ply,
+)
+from levelset_ext.data.text_meshes import (
+    data_lines,
+    excerpt,
+    numbers,
+    read_obj,
+    read_off,
+    words,
 )
 from levelset_ext.errors import InputError
 
@@ -62,9 +69,9 @@ def read_points(path: str | os.PathLike[str], dim: int | None = 3) -> np.ndarray
         elif suffix == ".stl":
             points = np.unique(load_with_trimesh(file)[0], axis=0)
         elif suffix == ".obj":
-            points = _read_obj(file)
+            points = read_obj(file)[0]
         elif suffix == ".off":
-            points = _read_off(file)
+            points = read_off(file)[0]
         else:
             points = _read_text(file)
     except (OSError, MemoryError) as error:
@@ -100,105 +107,25 @@ def _read_npy(file: Path) -> np.ndarray:
         return np.array(array, dtype=np.float64)
 
 
-def _read_obj(file: Path) -> np.ndarray:
-    rows: list[list[float]] = []
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            words = line.split()
-            if not words or words[0] != b"v":
-                continue
-            try:
-                rows.append([float(words[1]), float(words[2]), float(words[3])])
-            except (IndexError, ValueError):
-                raise InputError(
-                    f"{file}: line {number}: expected 'v x y z' with three numbers, "
-                    f"got {_excerpt(line)}"
-                ) from None
-    if not rows:
-        raise InputError(f"{file}: no vertex lines 'v x y z'; expected an OBJ file with points")
-    return np.array(rows)
-
-
-def _read_off(file: Path) -> np.ndarray:
-    lines = _data_lines(file, (b"#",))
-    number, first = next(lines, (0, b""))
-    words = first.split()
-    if not words or not words[0].upper().endswith(b"OFF") or len(words[0]) > 6:
-        raise InputError(f"{file}: not an OFF file: expected the first line to be 'OFF'")
-    del words[0]
-    try:
-        if not words:
-            number, first = next(lines, (number, b""))
-            words = first.split()
-        count = int(words[0])
-        int(words[1])
-        if count < 0:
-            raise ValueError
-    except (IndexError, ValueError):
-        raise InputError(
-            f"{file}: line {number}: expected the counts of vertices and faces, "
-            f"got {_excerpt(first)}"
-        ) from None
-    rows: list[list[float]] = []
-    while len(rows) < count:
-        number, line = next(lines, (0, b""))
-        if not number:
-            raise InputError(f"{file}: truncated OFF: expected {count} vertices, got {len(rows)}")
-        rows.append(_numbers(file, number, line, 3))
-    return np.array(rows).reshape(-1, 3)
-
-
 def _read_text(file: Path) -> np.ndarray:
-    lines = _data_lines(file, (b"#", b"//"))
+    lines = data_lines(file, (b"#", b"//"))
     rows: list[list[float]] = []
     width, promised = 0, -1
     for number, line in lines:
-        words = _words(line)
-        if file.suffix.lower() == ".pts" and not rows and promised < 0 and len(words) == 1:
-            if not words[0].isdigit():
+        fields = words(line)
+        if file.suffix.lower() == ".pts" and not rows and promised < 0 and len(fields) == 1:
+            if not fields[0].isdigit():
                 raise InputError(
                     f"{file}: line {number}: expected a point count or three numbers, "
-                    f"got {_excerpt(line)}"
+                    f"got {excerpt(line)}"
                 )
-            promised = int(words[0])
+            promised = int(fields[0])
             continue
-        width = width or max(2, min(3, len(words)))
-        rows.append(_numbers(file, number, line, width))
+        width = width or max(2, min(3, len(fields)))
+        rows.append(numbers(file, number, line, width))
     if len(rows) < promised:
         raise InputError(f"{file}: truncated: expected {promised} points, got {len(rows)}")
     return np.array(rows).reshape(-1, width or 3)
-
-
-def _data_lines(file: Path, comments: tuple[bytes, ...]) -> Iterator[tuple[int, bytes]]:
-    """Line numbers (from 1) and contents, without comments and empty lines."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            for mark in comments:
-                line = line.split(mark, 1)[0]
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, line
-
-
-def _words(line: bytes) -> list[bytes]:
-    return line.replace(b",", b" ").replace(b";", b" ").split()
-
-
-def _numbers(file: Path, number: int, line: bytes, count: int) -> list[float]:
-    try:
-        row = [float(word) for word in _words(line)[:count]]
-    except ValueError:
-        row = []
-    if len(row) < count:
-        raise InputError(
-            f"{file}: line {number}: expected at least {count} numbers, got {_excerpt(line)}"
-        )
-    return row
-
-
-def _excerpt(line: bytes) -> str:
-    return repr(line.strip()[:40].decode("ascii", "replace"))
 
 
 # --- checking -------------------------------------------------------------------------------

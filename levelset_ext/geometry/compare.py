@@ -52,7 +52,8 @@ def compare_meshes(
 
     Raises:
         ValueError: a mesh without faces or without area, with faces of vertices that are not there
-            or not finite, or a sample count below 1.
+            or not finite, or a sample count below 1; meshes so far from each other in size or place
+            that they cannot be of one thing in the same units.
     """
     for name, count in (
         ("samples", samples),
@@ -65,6 +66,8 @@ def compare_meshes(
     surface = {"mesh": _Surface.of(mesh, "mesh"), "truth": _Surface.of(truth, "truth")}
     true_points = surface["truth"].corners.reshape(-1, 3)
     diagonal = float(np.linalg.norm(true_points.max(0) - true_points.min(0)))
+
+    _check_alike(surface["mesh"].corners.reshape(-1, 3), true_points)
 
     a, a_normal = surface["mesh"].sample(samples, random)
     b, b_normal = surface["truth"].sample(samples, random)
@@ -104,6 +107,19 @@ def compare_meshes(
         "diagonal": diagonal,
         "samples": samples,
     }
+
+
+def _check_alike(mesh: np.ndarray, truth: np.ndarray) -> None:
+    """Also because nearest points of what lies far away take hours: all are equally near."""
+    boxes = [(points.min(0), points.max(0)) for points in (mesh, truth)]
+    sizes = [float(np.linalg.norm(high - low)) for low, high in boxes]
+    gap = np.maximum(boxes[0][0] - boxes[1][1], boxes[1][0] - boxes[0][1]).clip(min=0)
+    apart = float(np.linalg.norm(gap))
+    if max(sizes) > 5 * min(sizes) or apart > max(sizes):
+        raise ValueError(
+            f"mesh: expected the size and the place of truth, got diagonals {sizes[0]:.4g} and "
+            f"{sizes[1]:.4g}, {apart:.4g} apart; are they in the same units?"
+        )
 
 
 @dataclass(frozen=True)

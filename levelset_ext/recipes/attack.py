@@ -86,6 +86,20 @@ class AttackConfig:
     linearity: bool = False  # gamma(eps, x) of the correct rows as well
 
 
+def check_attack(
+    model: nn.Module, data: Images, config: AttackConfig, source: nn.Module | None = None
+) -> None:
+    """Raises InputError if networks, images and settings do not fit, or a package is missing."""
+    if config.linearity and config.norm != "linf":
+        raise InputError(f"linearity: expected the norm linf, in which it is, got {config.norm}")
+    try:
+        check_evaluation(
+            model, data.images, data.labels, config.attack, source=source, **_numbers(config)
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error)) from None
+
+
 def run_attack(
     model: nn.Module,
     data: Images,
@@ -114,15 +128,7 @@ def run_attack(
         InputError: bad images, labels, weights or settings; a folder that cannot be written, or
             holds another run.
     """
-    # Before anything is written.
-    if config.linearity and config.norm != "linf":
-        raise InputError(f"linearity: expected the norm linf, in which it is, got {config.norm}")
-    try:
-        check_evaluation(
-            model, data.images, data.labels, config.attack, source=source, **_numbers(config)
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(str(error)) from None
+    check_attack(model, data, config, source)  # before anything is written
     if out is None:
         if resume:
             raise InputError("resume: expected --out with the folder of the run")
@@ -566,11 +572,11 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def _attack_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
-    model = _network("CHECKPOINT or --model", args.checkpoint, args.model, args, device)
+    model = _network("model", args.checkpoint, args.model, args.weights, args.model_options, device)
     source = None
-    if args.source is not None or args.source_model is not None:
-        what = "--source or --source-model"
-        source = _network(what, args.source, args.source_model, args, device)
+    given = (args.source, args.source_model, args.source_weights)
+    if any(one is not None for one in given):
+        source = _network("source", *given, None, device)
     if args.batch < 1:
         raise InputError(f"batch: expected at least 1, got {args.batch}")
     data = load_images(args.data, args.split, args.limit, args.every)
@@ -609,26 +615,31 @@ def _attack_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device
 
 
 def _network(
-    what: str,
+    name: str,
     checkpoint: str | None,
     factory: str | None,
-    args: argparse.Namespace,
+    weights: str | None,
+    options: str | None,
     device: torch.device,
 ) -> nn.Module:
+    """The network that is attacked, "model", or the one that makes the examples, "source"."""
+    prefix = "" if name == "model" else f"{name}-"
+    one, other = ("CHECKPOINT", "--model") if not prefix else ("--source", "--source-model")
     if (checkpoint is None) == (factory is None):
         got = "neither" if checkpoint is None else "both"
-        raise InputError(f"model: expected {what}, got {got}")
+        raise InputError(f"{name}: expected {one} or {other}, got {got}")
     if checkpoint is not None:
+        for option, value in (("weights", weights), ("model-options", options)):
+            if value is not None:
+                raise InputError(f"{prefix}{option}: expected it with {other} alone, got {value}")
         return fast_order(load_classifier(checkpoint, device))
     assert factory is not None
-    if factory is not args.model:
-        return load_foreign(factory, args.source_weights, None, device)
-    options: Any = {}
-    if args.model_options is not None:
+    given: Any = {}
+    if options is not None:
         try:
-            options = json.loads(args.model_options)
+            given = json.loads(options)
         except ValueError as error:
             raise InputError(f"model-options: expected a JSON object ({error})") from None
-        if not isinstance(options, dict):
-            raise InputError(f"model-options: expected a JSON object, got {args.model_options!r}")
-    return load_foreign(factory, args.weights, options, device)
+        if not isinstance(given, dict):
+            raise InputError(f"model-options: expected a JSON object, got {options!r}")
+    return load_foreign(factory, weights, given, device)

@@ -53,6 +53,7 @@ from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.whole_files import write_whole
 
 KIND = "levelset_ext curve 1"
+RESULTS = ("curve.ply", "preview.png", "checkpoint.pt", *WATCHED)
 MINIMUM = 20  # points
 SPACING_SHARE = 1 / 1000  # edges are at most this share of their curve's length
 
@@ -242,7 +243,7 @@ def reconstruct_curve(
     finished = begin_run(
         out,
         header,
-        results=("curve.ply", "preview.png", "checkpoint.pt", *WATCHED),
+        results=RESULTS,
         what="a curve reconstruction",
         same="a run with the same settings",
         named="cloud",

@@ -335,9 +335,11 @@ class Training:
         turn = (done - config.warmup) / (1 - config.warmup)
         return config.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * turn)))
 
-    def lam(self) -> float:
+    def lam(self, step: int | None = None) -> float:
+        """lambda of the next step, or of the one with this number, from 0."""
         config = self.config
-        grown = min(1.0, self.step / config.lam_steps) ** config.lam_power
+        step = self.step if step is None else step
+        grown = min(1.0, step / config.lam_steps) ** config.lam_power
         return config.lam_first + (config.lam_last - config.lam_first) * grown
 
     def _own(self, rows: Tensor) -> Tensor:
@@ -566,7 +568,7 @@ def reconstruct(
         lambda: begin_run(
             out,
             header,
-            results=("mesh.ply", "preview.png", "checkpoint.pt", *WATCHED),
+            results=RESULTS,
             what="a reconstruction",
             same="a run with the same settings",
             named="cloud",
@@ -603,6 +605,7 @@ def reconstruct(
 
 
 WATCHED = ("history.csv", "history.png", TENSORBOARD_FOLDER)  # what watching leaves in a folder
+RESULTS = ("mesh.ply", "preview.png", "checkpoint.pt", *WATCHED)
 
 
 def watching(
@@ -654,10 +657,15 @@ def train_in_folder(
     training.guard.say = say
     saved = ranks.first(lambda: kept_checkpoint(out, kind)) if resume else None
     if saved is not None:
-        training.load(saved["training"])
-        spent = Spent(
-            saved["seconds"] + spent.seconds(), saved["cpu_seconds"] + spent.cpu_seconds()
-        )
+        try:
+            training.load(saved["training"])
+            spent = Spent(
+                saved["seconds"] + spent.seconds(), saved["cpu_seconds"] + spent.cpu_seconds()
+            )
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            path = out / "checkpoint.pt"
+            raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
         say(f"going on at step {training.step} of {config.steps}")
 
     points_of_a_step = config.projected + config.general + config.cloud_points
@@ -721,7 +729,7 @@ def _look(training: Training, loss: losses.ReconstructionLoss) -> tuple[dict[str
     """The figures of the step that was taken last, and the same for a person."""
     figures = {
         **_terms(loss),
-        "lam": training.lam(),
+        "lam": training.lam(training.step - 1),
         "lr": training.optimizer.param_groups[0]["lr"],
         "converged_share": training.converged_rows / training.projected_rows,
         "zero_gradient": float(training.rank_deficient_rows),

@@ -19,7 +19,7 @@ from torch import Tensor
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.files import plain, prepare_folder, read_json, write_json
 
-__all__ = ["begin_run", "digest"]
+__all__ = ["begin_run", "check_apart", "digest"]
 
 
 def begin_run(
@@ -36,7 +36,7 @@ def begin_run(
     """Makes ``out`` the folder of the run that ``header`` describes.
 
     Args:
-        out: folder, made if missing. Without ``resume`` a run that is there is removed.
+        out: folder, made if missing. Without ``resume`` a run of the same kind is removed.
         header: contents of config.json: "kind", "settings" and whatever else names the run.
         results: names of the other files and folders of such a run, beside metrics.json.
         what: how messages call such a run: "an attack".
@@ -50,7 +50,8 @@ def begin_run(
         The metrics of a finished run, or None where there is something to do.
 
     Raises:
-        InputError: ``out`` cannot be written, or holds another run than the one to go on with.
+        InputError: ``out`` cannot be written, holds another run than the one to go on with, or
+            files with the names of results that no run of this kind has made.
     """
     prepare_folder(out)
     if resume and (out / "config.json").exists():
@@ -59,13 +60,44 @@ def begin_run(
             say(f"{out}: this run is finished; nothing to do")
             return read_json(out / "metrics.json")
         return None
-    for name in ("metrics.json", *results, "config.json"):
+    names = ("metrics.json", *results, "config.json")
+    _check_own_files(out, names, header["kind"], what)
+    for name in names:
         if (out / name).is_dir():
             shutil.rmtree(out / name, ignore_errors=True)
         else:
             (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", header)
     return None
+
+
+def check_apart(name: str, path: str | Path, out: Path, results: Sequence[str]) -> None:
+    """Raises InputError if a file that is read, called ``name``, is one that a run in ``out`` with
+    these results removes or writes."""
+    source = Path(path).resolve()
+    for result in ("metrics.json", *results, "config.json"):
+        written = (out / result).resolve()
+        if written == source or written in source.parents:
+            raise InputError(
+                f"{name}: {path} is where this run writes its own {result}; choose another --out"
+            )
+
+
+def _check_own_files(out: Path, names: Sequence[str], kind: str, what: str) -> None:
+    """Whether what a new run removes is of an earlier run of its kind, which config.json tells."""
+    there = [name for name in names if (out / name).exists()]
+    if not there:
+        return
+    try:
+        stored = read_json(out / "config.json")
+    except InputError:
+        stored = None
+    found = stored.get("kind") if isinstance(stored, dict) else None
+    if not isinstance(found, str) or found.rsplit(" ", 1)[0] != kind.rsplit(" ", 1)[0]:
+        raise InputError(
+            f"{out}: {', '.join(there)} would be replaced and is not of {what}; choose another "
+            "folder"
+        )
 
 
 def digest(*tensors: Tensor) -> str:

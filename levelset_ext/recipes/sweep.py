@@ -17,7 +17,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,28 @@ from typing import Any
 from levelset_ext.data.images import Images, fraction, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.objectives import OBJECTIVES
-from levelset_ext.recipes.attack import AttackConfig, add_strength, run_attack, strength
+from levelset_ext.recipes.attack import (
+    AttackConfig,
+    add_strength,
+    check_attack,
+    run_attack,
+    strength,
+)
 from levelset_ext.recipes.classifiers import load_classifier
 from levelset_ext.recipes.engines import ENGINES, processes, run_all
-from levelset_ext.recipes.files import write_json
+from levelset_ext.recipes.files import read_json, write_json
 from levelset_ext.recipes.progress import Progress, clock, say
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.train import merged, train
 from levelset_ext.recipes.train_presets import preset
+from levelset_ext.recipes.training import TrainConfig, new_network
 from levelset_ext.whole_files import write_whole
 
 __all__ = ["Common", "Run", "add_sweep_command", "sweep"]
 
 KIND = "levelset_ext sweep 1"
+_ATTACK = ("attack", "eps", "step", "iters")  # of Common: what trainings do not depend on
 _INPUT = ("method", "fraction", "seed", "status")
 _ACCURACIES = ("clean_accuracy", "robust_accuracy")
 _COLUMNS = (*_INPUT, *_ACCURACIES, "rows", "steps", "skipped_steps", "training_seconds", "error")
@@ -98,18 +106,32 @@ def one_run(run: Run, common: Common, folder: Path) -> dict[str, Any]:
     names = ("clean_accuracy", "rows", "steps", "skipped_steps", "training_seconds")
     found = {name: metrics[name] for name in names}
     if common.attack is not None:
-        settings = AttackConfig(
-            attack=common.attack,
-            **strength(test.name, eps=common.eps, step=common.step, iters=common.iters),
-            binary=config.options.get("classes") == 1,
-        )
-        network = load_classifier(folder / "checkpoint.pt")
-        attacked = run_attack(network, test, settings, out=folder / "attack", resume=True, say=say)
+        settings = _attack_config(common, test, config)
+        network, attacked_in = load_classifier(folder / "checkpoint.pt"), folder / "attack"
+        # Another attack than before is begun anew; the training stays.
+        before = attacked_in / "config.json"
+        known = before.exists() and read_json(before).get("settings") == asdict(settings)
+        attacked = run_attack(network, test, settings, out=attacked_in, resume=known, say=say)
         found["robust_accuracy"] = attacked["robust_accuracy"]
     return found
 
 
-def _config(run: Run, common: Common, data: Images) -> Any:
+def _attack_config(common: Common, test: Images, config: TrainConfig) -> AttackConfig:
+    return AttackConfig(
+        attack=common.attack or "",
+        **strength(test.name, eps=common.eps, step=common.step, iters=common.iters),
+        binary=config.options.get("classes") == 1,
+    )
+
+
+def _check_attack(common: Common, test: Images, config: TrainConfig) -> None:
+    """Raises InputError if no network of these trainings could be attacked as wanted."""
+    network = new_network(config, seed=0)
+    one = replace(test, images=test.images[:1], labels=test.labels[:1])
+    check_attack(network, one, _attack_config(common, test, config))
+
+
+def _config(run: Run, common: Common, data: Images) -> TrainConfig:
     return preset(
         run.method,
         data,
@@ -145,7 +167,8 @@ def sweep(
         engine: what runs them, one of ``engines.ENGINES``.
         address: of a cluster of that engine, whose processes are used instead. ``out`` and the
             images have to be the same files on all of its machines.
-        resume: keep what is finished and go on with what is not. Broken runs are tried again.
+        resume: keep what is finished and go on with what is not. Broken runs are tried again. With
+            another attack than before the networks are kept and attacked anew.
         say: where messages go; progress goes to stderr.
 
     Returns:
@@ -158,10 +181,12 @@ def sweep(
     """
     path = None if common.data is None else str(Path(common.data).resolve())
     placed = replace(common, data=path)  # a process of a cluster has a working directory of its own
-    data, _ = _images(placed.data, placed.limit, placed.classes)
+    data, test = _images(placed.data, placed.limit, placed.classes)
     for run in runs:
-        _config(run, common, data)
+        config = _config(run, common, data)
         fraction(data.labels, run.fraction, run.seed)
+        if common.attack is not None and run.seed == runs[0].seed:
+            _check_attack(common, test, config)
     order = {run.name: run for run in runs}
     rows: dict[str, dict[str, Any]] = {}
     progress = Progress("run", len(order), every=0.0 if jobs == 1 else None)
@@ -178,10 +203,11 @@ def sweep(
     folder = out.resolve() / "runs"
     tasks = {name: partial(one_run, run, placed, folder / name) for name, run in order.items()}
     with processes(jobs, engine, address) as by:
+        settings = {**vars(common), "settings": dict(common.settings)}
         # The folder of a sweep has no metrics.json, so it never counts as finished.
         begin_run(
             out,
-            {"kind": KIND, "settings": {**vars(common), "settings": dict(common.settings)}},
+            {"kind": KIND, "settings": {k: v for k, v in settings.items() if k not in _ATTACK}},
             results=("results.csv", "results.json", "runs"),
             what="a sweep",
             same="the same settings",
@@ -256,7 +282,11 @@ def add_sweep_command(commands: Any) -> None:
     one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     one.add_argument("--attack", metavar="NAMES", help="attack every network with these")
     add_strength(one)
-    one.add_argument("--resume", action="store_true", help="keep the runs that DIR has")
+    one.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the runs that DIR has; the tables are of those asked for",
+    )
     one.set_defaults(run=_command)
 
 
@@ -285,7 +315,8 @@ def _command(args: argparse.Namespace) -> None:
         for name in _ACCURACIES:
             if f"{name}_mean" in entry:
                 mean, deviation = entry[f"{name}_mean"], entry[f"{name}_deviation"]
-                words += f", {name.replace('_', ' ')} {100 * mean:.2f} +- {100 * deviation:.2f} %"
+                spread = "" if math.isnan(deviation) else f" +- {100 * deviation:.2f}"
+                words += f", {name.replace('_', ' ')} {100 * mean:.2f}{spread} %"
         say(words)
     spent = sum(row.get("training_seconds", 0.0) for row in results["runs"])
     say(f"{args.out}/results.csv: {len(results['runs'])} runs, {clock(spent)} of training")

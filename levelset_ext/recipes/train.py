@@ -43,7 +43,7 @@ from levelset_ext.recipes.observers import (
 )
 from levelset_ext.recipes.progress import Spent, clock, peak_memory_gb, say
 from levelset_ext.recipes.ranks import ALONE, Ranks, launched, restarted
-from levelset_ext.recipes.run_folder import begin_run, digest
+from levelset_ext.recipes.run_folder import begin_run, check_apart, digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.tensorboard import FOLDER as TENSORBOARD_FOLDER
 from levelset_ext.recipes.train_presets import PRESETS, preset
@@ -66,6 +66,7 @@ __all__ = [
 ]
 
 KIND = "levelset_ext train 1"
+RESULTS = ("history.csv", "history.png", "checkpoint.pt", TENSORBOARD_FOLDER)
 _SAVE_SECONDS = 60.0
 
 
@@ -128,7 +129,7 @@ def train(
         lambda: begin_run(
             out,
             header,
-            results=("history.csv", "history.png", "checkpoint.pt", TENSORBOARD_FOLDER),
+            results=RESULTS,
             what="a training",
             same="the run of the same images and settings",
             resume=resume,
@@ -397,6 +398,8 @@ def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device)
             f"objective: expected one of {', '.join(OBJECTIVES)}, got {args.objective!r}"
         )
     observers = chosen_observers(args)
+    if args.init is not None:
+        check_apart("init", args.init, Path(args.out), RESULTS)
     init = None if args.init is None else load_classifier(args.init)
     if init is not None and (args.network is not None or args.network_options is not None):
         raise InputError("init: expected it without --network and --network-options, got both")

@@ -140,6 +140,22 @@ def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
         raise InputError(f"{name}: {error}") from None
 
 
+def new_network(config: TrainConfig, seed: int) -> nn.Module:
+    """The network of the settings with its first weights. Layers draw them from torch's own
+    generator, which is lent a seed."""
+    outside = torch.default_generator.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        options = dict(config.options)
+        if "shape" in options:
+            options["shape"] = tuple(options["shape"])
+        return build(config.network, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"network: {error}") from None
+    finally:
+        torch.default_generator.set_state(outside)
+
+
 class Training:
     """The state of a run between two steps, and the step.
 
@@ -206,19 +222,7 @@ class Training:
         self.history = History()
 
     def _new_network(self) -> nn.Module:
-        """Layers draw their first weights from torch's own generator: it is lent a seed of ours."""
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        outside = torch.default_generator.get_state()
-        try:
-            torch.default_generator.manual_seed(seed)
-            options = dict(self.config.options)
-            if "shape" in options:
-                options["shape"] = tuple(options["shape"])
-            return build(self.config.network, **options)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"network: {error}") from None
-        finally:
-            torch.default_generator.set_state(outside)
+        return new_network(self.config, int(torch.randint(2**62, (), generator=self.generator)))
 
     @property
     def result(self) -> nn.Module:
