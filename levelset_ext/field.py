@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -177,6 +178,13 @@ def _in_eval_mode(module: nn.Module, x: Tensor) -> Tensor:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Leaves autocast on the device of x: in reduced precision F gets to no tolerance."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def evaluate(field: Field, x: Tensor) -> Tensor:

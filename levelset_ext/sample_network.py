@@ -8,13 +8,14 @@ to a training step, and no second derivative of the network is ever needed.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from levelset_ext import ops
-from levelset_ext.field import Field, as_field, evaluate
+from levelset_ext.field import Field, as_field, evaluate, full_precision
 from levelset_ext.result import LevelSetResult
 
 __all__ = ["SampleNetwork", "sample_network"]
@@ -96,7 +97,9 @@ def move_points(
     if result.tape is not None and torch.is_grad_enabled() and result.tape.fits(field):
         values = result.tape.values()
     else:
-        values = evaluate(field, _stand_in(points, finite)).to(points.dtype)
+        # Frozen, p moves by F - c, where near theta_0 nothing but rounding would be left.
+        with full_precision(points) if frozen else nullcontext():
+            values = evaluate(field, _stand_in(points, finite)).to(points.dtype)
     if values.shape != result.values.shape:
         raise ValueError(
             f"fn: expected the l = {result.values.shape[1]} outputs of result.values, "

@@ -173,10 +173,13 @@ def test_autocast(l, frozen):  # noqa: E741
     net = problems.mlp(l, dtype=torch.float32)
     x = problems.points(8, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        r = ls.project(net, x, tol=0.05)
+        r = ls.project(net, x)
         p = ls.sample_network(net, r, frozen=frozen)
         assert p.dtype == r.points.dtype == r.jacobian.dtype == torch.float32
-        assert same_bits(p, r.points)
+        if frozen:  # F is evaluated in float32, here by the module, there by its compiled field
+            torch.testing.assert_close(p, r.points, rtol=0, atol=1e-5)
+        else:
+            assert same_bits(p, r.points)
         got = gradients(net, p)
     exact = copy.deepcopy(net)
     expected = gradients(exact, ls.sample_network(exact, r))

@@ -123,10 +123,11 @@ def test_autocast_with_a_gradient_scaler(dtype):
     def losses():
         net, binary, multi = nets
         found = ls.find_boundary(multi, x, labels(24), box=None, random_start=False, **FAR)
-        r = ls.project(net, x, tol=0.02)
+        r = ls.project(net, x, max_iters=10)
+        assert r.converged.all()  # not in bfloat16
         assert r.points.dtype == found.result.points.dtype == torch.float32
         return [
-            ls.losses.geometric_svm(binary, x, labels(24, 2), tol=0.02).total,
+            ls.losses.geometric_svm(binary, x, labels(24, 2)).total,
             ls.losses.robust(multi, x, labels(24), found).total,
             ls.losses.reconstruction(net, r, 0.7 * x).total,
         ]

@@ -184,20 +184,18 @@ def find_boundary(
             row_field, x, start, margins, correct, eps, steps, shrink, iters, box
         )
         rows = everyone[crossed]
-        rounded = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            result = search_segments(
-                lambda points, k: row_field(points, rows[k]),
-                before[rows],
-                after[rows],
-                0.0,
-                max_iters,
-                tol,
-                variant,
-                start_values=values[rows, 0],
-                end_values=values[rows, 1],
-                rounded_ends=rounded,
-            )
+        result = search_segments(
+            lambda points, k: row_field(points, rows[k]),
+            before[rows],
+            after[rows],
+            0.0,
+            max_iters,
+            tol,
+            variant,
+            start_values=values[rows, 0],
+            end_values=values[rows, 1],
+            rounded_ends=torch.is_autocast_enabled(x.device.type),
+        )
         near = result.residual < keep_below
         rows = rows[near]
         return BoundarySamples(result[near], rows, correct[rows], margins, crossed, after)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from levelset_ext import _C, ops
-from levelset_ext.field import Field, as_constant_field, check_points, jacobian_of, values_of
+from levelset_ext.field import (
+    Field,
+    as_constant_field,
+    check_points,
+    full_precision,
+    jacobian_of,
+    values_of,
+)
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState, check_limits
 from levelset_ext.samplers.uncompiled import uncompiled
@@ -116,7 +123,7 @@ def search_segments(
             f"got {end.dtype}, {end.device}"
         )
     # Tensors made in inference mode could not enter the sample network afterwards.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), full_precision(start):
         state = SamplerState(start, level)
         first = start.detach().flatten(1).contiguous()
         second = end.detach().flatten(1).contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from levelset_ext import _C, ops
 from levelset_ext.compiled import MLP, compiled_field
-from levelset_ext.field import Field, as_constant_field, check_points, values_of
+from levelset_ext.field import Field, as_constant_field, check_points, full_precision, values_of
 from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.samplers.state import SamplerState, box_bounds, check_limits
@@ -53,8 +53,9 @@ def project(
     Returns:
         A detached :class:`~levelset_ext.LevelSetResult`. ``values`` and ``jacobian`` are those of
         the returned points, also for rows that did not converge. A finished row is not evaluated
-        again. A network that is a multilayer perceptron runs as its compiled field, see
-        :class:`~levelset_ext.networks.MLP`.
+        again. ``torch.autocast`` around the call is left, since reduced precision gets to no
+        ``tol``; a callable may enter it itself. A network that is a multilayer perceptron runs as
+        its compiled field, see :class:`~levelset_ext.networks.MLP`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -70,10 +71,11 @@ def project(
         raise ValueError(f"step_size: expected a finite number > 0, got {step_size!r}")
     if history < 1:
         raise ValueError(f"history: expected at least 1 pair, got {history!r}")
-    compiled = compiled_field(fn, x) if method == "newton" else None
-    if compiled is not None:
-        keep = isinstance(fn, MLP) and torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.no_grad():
+    # Tensors made in inference mode could not enter the sample network afterwards.
+    keep = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.no_grad(), full_precision(x):
+        compiled = compiled_field(fn, x) if method == "newton" else None
+        if compiled is not None:
             return compiled.newton(
                 x,
                 level_rows(level, len(x), compiled.outputs, x),
@@ -81,11 +83,9 @@ def project(
                 tol,
                 max_step,
                 box_bounds(box, x),
-                keep,
+                keep and isinstance(fn, MLP),
             )
-    field = as_constant_field(fn)
-    # Tensors made in inference mode could not enter the sample network afterwards.
-    with torch.inference_mode(False), torch.no_grad():
+        field = as_constant_field(fn)
         state = SamplerState(x, level, known)
         bounds = box_bounds(box, x)
         if method == "newton":
