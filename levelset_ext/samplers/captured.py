@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from levelset_ext.compiled import MLP, compiled_field
-from levelset_ext.field import Field, as_constant_field, check_points, values_of
+from levelset_ext.field import Field, as_constant_field, check_points, full_precision, values_of
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers.false_position import VARIANTS, false_position
 from levelset_ext.samplers.masked import Masked, MaskedNewton, MaskedSearch, repeat
@@ -48,11 +48,11 @@ class _Captured:
 
     def _capture(self) -> None:
         self._where = _addresses(self._fn)
-        self.reason = self._refusal()
-        if self.reason is not None:
-            return
-        field = as_constant_field(self._fn)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision(self._like):
+            self.reason = self._refusal()
+            if self.reason is not None:
+                return
+            field = as_constant_field(self._fn)
             if isinstance(field, nn.Module) and isinstance(self._fn, nn.Module):
                 # The clone has buffers of its own, which are brought up to date in every call.
                 self._copied = list(zip(field.buffers(), self._fn.buffers(), strict=True))
