@@ -14,7 +14,7 @@ from levelset_ext.margin import check_labels, margin
 from levelset_ext.result import LevelSetResult
 from levelset_ext.sample_network import sample_network
 from levelset_ext.samplers.at_points import level_points
-from levelset_ext.samplers.projection import project
+from levelset_ext.samplers.projection import project_from
 
 __all__ = ["GeometricSvmLoss", "SvmSamples", "geometric_svm", "svm_samples"]
 
@@ -70,12 +70,13 @@ def svm_samples(fn: Field, x: Tensor, max_iters: int = 20, tol: float = 1e-5) ->
     x = check_points("x", x)
     field = binary_field(fn)
     start = level_points(field, x)
-    boundary = project(field, start, 0.0, max_iters, tol)
+    boundary = project_from(field, start, 0.0, max_iters, tol)
     # Both sides in one call: the evaluations of a small batch cost more than its rows.
     n = len(x)
     levels = torch.ones(2 * n, dtype=x.dtype, device=x.device)
     levels[:n] = -1
-    sides = project(field, LevelSetResult.cat([boundary, boundary]), levels, max_iters, tol)
+    both = LevelSetResult.cat([boundary, boundary])
+    sides = project_from(field, both, levels, max_iters, tol)
     return SvmSamples(boundary, sides[:n], sides[n:], start.values[:, 0])
 
 

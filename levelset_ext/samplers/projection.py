@@ -22,7 +22,7 @@ METHODS = ("newton", "gradient_descent", "lbfgs")
 @uncompiled
 def project(
     fn: Field,
-    x: Tensor | LevelSetResult,
+    x: Tensor,
     level: Tensor | float = 0.0,
     max_iters: int = 20,
     tol: float = 1e-5,
@@ -37,8 +37,7 @@ def project(
 
     Args:
         fn: module or callable (n, *event) -> (n,) or (n, l); rows must not depend on each other.
-        x: starting points, (n, *event), floating point. Not modified. Or what a sampler found with
-            the same ``fn``: its points, at which F and D_xF are known and not evaluated again.
+        x: starting points, (n, *event), floating point. Not modified.
         level: c; a scalar, (l,), (n,) when l = 1, or (n, l), which wins where shapes coincide.
         max_iters: most updates of a row, >= 0.
         tol: a row is done when max_j |F_j - c_j| <= tol, in the units of F.
@@ -60,8 +59,7 @@ def project(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    known = x if isinstance(x, LevelSetResult) else None
-    x = check_points("x", x if known is None else known.points)
+    x = check_points("x", x)
     check_limits(max_iters, tol)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -86,7 +84,7 @@ def project(
                 keep and isinstance(fn, MLP),
             )
         field = as_constant_field(fn)
-        state = SamplerState(x, level, known)
+        state = SamplerState(x, level)
         bounds = box_bounds(box, x)
         if method == "newton":
             _newton(field, state, max_iters, tol, max_step, bounds)
@@ -94,6 +92,20 @@ def project(
             _gradient_descent(field, state, max_iters, tol, max_step, bounds, step_size)
         else:
             _lbfgs(field, state, max_iters, tol, max_step, bounds, history)
+        return state.finish(tol)
+
+
+def project_from(
+    fn: Field, start: LevelSetResult, level: Tensor | float, max_iters: int, tol: float
+) -> LevelSetResult:
+    """:func:`project` from the points of a result, whose F and D_xF are not evaluated again.
+
+    Not for users: a result that was found before an optimizer step looks as good as one of now.
+    """
+    check_limits(max_iters, tol)
+    with torch.inference_mode(False), torch.no_grad(), full_precision(start.points):
+        state = SamplerState(start.points, level, start)
+        _newton(as_constant_field(fn), state, max_iters, tol, math.inf, (None, None))
         return state.finish(tol)
 
 

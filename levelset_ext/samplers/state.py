@@ -95,11 +95,6 @@ class SamplerState:
             values, jacobian = self._known.values, self._known.jacobian
         else:
             values, jacobian = jacobian_of(field, self.active_points())
-            if self._known is not None and values.shape[1] != self.values.shape[1]:
-                raise ValueError(
-                    f"x: expected a result with the l = {values.shape[1]} outputs of fn, got "
-                    f"{self.values.shape[1]}"
-                )
         jacobian = jacobian.flatten(2)
         self.record(values, jacobian)
         return values, jacobian
