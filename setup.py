@@ -123,7 +123,8 @@ def extension() -> object:
     if toolkit is not None:
         major, minor = toolkit_version(toolkit)
         architectures = "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # torch takes an empty one for a list
         floors += ["cuda", "torch_cuda"]
         macros += [
             ("LEVELSET_WITH_CUDA", "1"),

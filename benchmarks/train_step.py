@@ -38,6 +38,8 @@ from torch.nn import functional
 
 import levelset_ext as ls
 from levelset_ext.data.images import load_images
+from levelset_ext.field import evaluation_copy
+from levelset_ext.margin import margin
 from levelset_ext.objectives import CrossEntropy, Objective, Robust
 from levelset_ext.objectives.common import search_logits
 from levelset_ext.recipes.classifiers import load_classifier
@@ -104,8 +106,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def check_points(network: nn.Module, x: Tensor, y: Tensor, objective: Robust) -> None:
     found = ls.find_boundary(network, x, y, objective.eps_correct, objective.eps_wrong, 0.02, 20)
-    worst = float(found.result.residual.max()) if len(found) else 0.0
-    if worst >= objective.keep_below:
+    there = found.result.converged
+    if not bool(there.any()):
+        raise SystemExit(f"boundary points: none converged of {len(found)} found")
+    with torch.no_grad():
+        logits = evaluation_copy(network)(found.result.points[there])
+    worst = float(margin(logits, y[found.rows[there]]).abs().max())
+    if not worst <= 1e-4:  # tol is 1e-5, and other batches are rounded otherwise
         raise SystemExit(f"boundary points: |margin| up to {worst:.3g}")
 
 

@@ -90,12 +90,25 @@ def _call(op: Any, function: type[torch.autograd.Function], *args: Any) -> tuple
 
 def _refuse_gradient(op: str, instead: str, **tensors: Any) -> None:
     """An op that writes into memory of the caller has no derivative."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{name}: expected a tensor that needs no gradient, as {op}; {instead}"
-                )
+    forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    backward = torch.is_grad_enabled()
+    if not (forward or backward):
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and (
+            (backward and tensor.requires_grad)
+            or (forward and forward_ad.unpack_dual(tensor).tangent is not None)
+        ):
+            raise RuntimeError(
+                f"{name}: expected a tensor that needs no gradient, as {op}; {instead}"
+            )
+
+
+def _wrote(*tensors: Tensor) -> None:
+    """Tells autograd that memory was written to, so that a graph which has kept it says so. What is
+    compiled knows it from the schema."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def rank_tolerance(dtype: torch.dtype) -> float:
@@ -181,6 +194,7 @@ def pinv_apply(
             out=out,
         )
         result, status = out, _raw.pinv_apply_out(jacobian, residual, out)
+        _wrote(out)
     return (result, status) if return_status else result
 
 
@@ -297,6 +311,7 @@ def newton_update(
     after = _raw.newton_update_out(
         points, values, jacobian, c, status, lower, upper, tol, max_step, out
     )
+    _wrote(out)
     return out, after
 
 
@@ -339,6 +354,7 @@ def newton_update_(
     _raw.newton_update_(
         points, status, values, jacobian, c, index, lower, upper, float(tol), float(max_step)
     )
+    _wrote(points, status)
 
 
 def _newton_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -361,13 +377,17 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
 
     step = pinv_apply(jacobian, residual)
     shrink: Tensor | float = 1.0
-    length = step
+    unit = step
     capped = torch.zeros_like(moved)
-    if math.isfinite(ctx.max_step):
-        squares = (step * step).sum(1, keepdim=True)
-        length = torch.where(squares > 0, squares, 1.0).sqrt()
-        capped = length > ctx.max_step
-        shrink = torch.where(capped, ctx.max_step / length, 1.0)
+    if math.isfinite(ctx.max_step) and step.shape[1]:
+        # In units of the largest entry, whose square need not overflow nor vanish.
+        largest = step.abs().amax(1, keepdim=True)
+        scaled = step / torch.where(largest > 0, largest, 1.0)
+        squares = (scaled * scaled).sum(1, keepdim=True)
+        root = torch.where(squares > 0, squares, 1.0).sqrt()
+        unit = scaled / root
+        capped = (largest > 0) & (largest * root > ctx.max_step)
+        shrink = torch.where(capped, ctx.max_step / torch.where(capped, largest * root, 1.0), 1.0)
     through = grad
     on_box: list[Tensor | None] = [None, None]
     target = points - shrink * step
@@ -380,8 +400,8 @@ def _newton_backward(ctx: Any, grad: Tensor, _status: Any = None) -> tuple[Tenso
     # next = points - shrink(step) * step: along the step a capped row does not move any further.
     step_gradient = -shrink * through
     if math.isfinite(ctx.max_step):
-        along = (through * step).sum(1, keepdim=True) / (length * length)
-        step_gradient = step_gradient + torch.where(capped, shrink * along * step, 0.0)
+        along = (through * unit).sum(1, keepdim=True)
+        step_gradient = step_gradient + torch.where(capped, shrink * along * unit, 0.0)
     step_gradient = torch.where(moved, step_gradient, 0.0)
 
     grad_values = pinv_adjoint(jacobian, step_gradient)
@@ -473,6 +493,7 @@ def bracket_update_(
     _raw.bracket_update_(
         points, status, bracket, start, end, values, c, index, float(tol), code, last
     )
+    _wrote(points, status, bracket)
 
 
 # --- nearest_distance -----------------------------------------------------------------------------
@@ -597,41 +618,55 @@ def _nearest_backward(ctx: Any, grad: Tensor, _index: Any = None) -> tuple[Tenso
 # --- registration: fake kernels, autograd, vmap ---------------------------------------------------
 
 
+def _on_one_device(*arguments: Any) -> None:
+    first, *others = (a for a in arguments if isinstance(a, Tensor))
+    for other in others:
+        torch._check(
+            other.device == first.device,
+            lambda other=other: f"expected tensors on {first.device}, got one on {other.device}",
+        )
+
+
 @torch.library.register_fake("levelset_ext::pinv_apply")
 def _pinv_apply_fake(jacobian: Tensor, residual: Tensor, team: int = 0) -> tuple[Tensor, Tensor]:
+    _on_one_device(jacobian, residual)
     n, _, d = jacobian.shape
     return jacobian.new_empty(n, d), jacobian.new_empty(n, dtype=torch.int8)
 
 
 @torch.library.register_fake("levelset_ext::pinv_adjoint")
 def _pinv_adjoint_fake(jacobian: Tensor, gradient: Tensor, team: int = 0) -> tuple[Tensor, Tensor]:
+    _on_one_device(jacobian, gradient)
     n, l, _ = jacobian.shape  # noqa: E741
     return jacobian.new_empty(n, l), jacobian.new_empty(n, dtype=torch.int8)
 
 
 @torch.library.register_fake("levelset_ext::newton_update")
-def _newton_update_fake(points: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _newton_update_fake(points: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    _on_one_device(points, *rest, *named.values())
     return points.new_empty(points.shape), points.new_empty(points.shape[0], dtype=torch.int8)
 
 
 @torch.library.register_fake("levelset_ext::pinv_apply_out")
 @torch.library.register_fake("levelset_ext::newton_update_out")
-def _out_fake(first: Tensor, *_: Any, **__: Any) -> Tensor:
+def _out_fake(first: Tensor, *rest: Any, **named: Any) -> Tensor:
+    _on_one_device(first, *rest, *named.values())
     return first.new_empty(first.shape[0], dtype=torch.int8)
 
 
 @torch.library.register_fake("levelset_ext::newton_update_")
-def _newton_update_inplace_fake(*_: Any, **__: Any) -> None:
-    return None
+def _newton_update_inplace_fake(*arguments: Any, **named: Any) -> None:
+    _on_one_device(*arguments, *named.values())
 
 
 @torch.library.register_fake("levelset_ext::bracket_update_")
-def _bracket_update_inplace_fake(*_: Any, **__: Any) -> None:
-    return None
+def _bracket_update_inplace_fake(*arguments: Any, **named: Any) -> None:
+    _on_one_device(*arguments, *named.values())
 
 
 @torch.library.register_fake("levelset_ext::nearest")
 def _nearest_fake(query: Tensor, cloud: Tensor) -> tuple[Tensor, Tensor]:
+    _on_one_device(query, cloud)
     n = query.shape[0]
     return query.new_empty(n), query.new_empty(n, dtype=torch.int64)
 

@@ -36,7 +36,8 @@ else:
     RUNNING          moved by a raw op, not yet judged; no sampler returns it
     MAX_ITERATIONS   the iteration budget ended first; usable with its own value c = F(p)
     RANK_DEFICIENT   D_xF is zero, or its rows nearly parallel, or the step it asks for overflows
-    NON_FINITE       NaN or infinity in F, D_xF, the level or the point
+    NON_FINITE       NaN or infinity in F, the level or the point, or in D_xF of a row that is not
+                     within tol; ``usable`` looks at D_xF of all rows
     NOT_BRACKETED    F - c has one sign at both ends of the segment (false position)
     STALLED          the next point equals this one: the dtype or the box allows no closer one
     """

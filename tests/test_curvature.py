@@ -133,6 +133,20 @@ def test_rows_without_a_gradient_are_nan_and_leave_the_others():
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
+def test_the_penalty_leaves_out_points_where_f_is_not_smooth():
+    scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    x = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0.5, 0.5]], dtype=torch.float64)
+    for fn in (
+        lambda x: (scale * x).norm(dim=1) - 1,
+        lambda x: scale * x.square().sum(1).sqrt() - 1,
+    ):
+        for rows in ([0, 1, 2], [0, 2]):
+            loss = curvature_penalty(fn, x[rows]) * len(rows)
+            (gradient,) = torch.autograd.grad(loss, scale, allow_unused=True)
+            assert loss.item() == pytest.approx(2.0 + 4.0)
+            assert gradient is None or abs(gradient.item()) < 1e-9
+
+
 @pytest.mark.parametrize("d", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["total", "mean", "gaussian"])
 def test_penalty_gradient_against_finite_differences(kind, d):

@@ -260,6 +260,17 @@ def test_kinks_and_steps_fall_back_to_the_edge() -> None:
     assert np.allclose(np.linalg.norm(step.normals, axis=1), 1)
 
 
+@pytest.mark.parametrize("refine", [True, False])
+def test_a_vertex_at_a_tip_without_a_gradient(refine: bool) -> None:
+    def cone(x: torch.Tensor) -> torch.Tensor:
+        return torch.sqrt(x[:, 0] ** 2 + x[:, 1] ** 2) + x[:, 2] - 0.5
+
+    mesh = extract_mesh(cone, ([-1.0] * 3, [1.0] * 3), 32, refine=refine)
+    assert np.isfinite(mesh.tolerance)
+    if refine:
+        assert mesh.unrefined <= 1
+
+
 def test_float32_callable() -> None:
     weight = torch.tensor([[1.0], [0.0], [0.0]])
     mesh = extract_mesh(lambda x: x @ weight - 0.1, BOX, resolution=16)

@@ -70,6 +70,20 @@ def test_a_network_and_unusable_arguments():
         surface_area(net, (None, 1.0), dim=2)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: torch.sqrt(1 - x.norm(dim=1)) - 0.5,
+        lambda x: torch.where(x.norm(dim=1) > 1, torch.inf, x.norm(dim=1) - 0.7),
+        lambda x: torch.where(x[:, 0] > 0, torch.nan, x.norm(dim=1) - 0.7),
+    ],
+)
+def test_fields_that_are_not_finite_in_the_box_are_refused(fn):
+    for measure in (surface_area, level_set_volume):
+        with pytest.raises(ValueError, match=r"^fn: expected finite values, got"):
+            measure(fn, (-1.5, 1.5), lines=200, dim=3)
+
+
 def test_bounds_that_do_not_fit_the_network():
     with pytest.raises(RuntimeError, match=r"x2 and 3x"):
         surface_area(problems.mlp(), ((-1.0, -1.0), (1.0, 1.0)), lines=10)

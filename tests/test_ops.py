@@ -269,6 +269,61 @@ def test_newton_box_is_exact_and_a_row_it_holds_is_stalled():
     assert status.item() == S.STALLED
 
 
+@pytest.mark.parametrize("l", [1, 2, 3])
+@pytest.mark.parametrize("d", [2, 3, 5, 7, 16, 784])
+@pytest.mark.parametrize("beside", [1.0, 1e-20])
+def test_a_point_that_is_not_finite_is_no_less_so_in_a_box(l, d, beside):  # noqa: E741
+    if d < l:
+        l = d  # noqa: E741  # as many as have full rank
+    p, values, jacobian = newton_inputs(9, l, d)
+    p[4, 0], p[7, d - 1] = INF, -INF
+    jacobian[1] *= beside  # a row that the vector loops leave to the row math
+    one = torch.ones(d, dtype=torch.float64)
+    _, status = newton_update(p, values, jacobian, lower=-one, upper=one)
+    assert (status == S.NON_FINITE).nonzero()[:, 0].tolist() == [4, 7]
+
+
+@pytest.mark.parametrize("d", [2, 3, 5, 16])
+@pytest.mark.parametrize("beside", [1.0, 1e-20])
+def test_codes_that_are_no_status_do_not_run(d, beside):
+    p, values, jacobian = newton_inputs(9, 1, d)
+    jacobian[4] *= beside
+    before = torch.tensor([-1, -2, 1, 7, 1, 127, -127, 1, 0], dtype=torch.int8)
+    got, status = newton_update(p, values, jacobian, status=before)
+    runs = before == S.RUNNING
+    assert torch.equal(status[~runs], before[~runs])
+    assert same_bits(got[~runs], p[~runs])
+    assert not (got[runs][[0, 2]] == p[runs][[0, 2]]).all()
+
+
+@pytest.mark.parametrize("l", [1, 2, 3, 8])
+def test_a_long_step_whose_square_overflows_is_a_step(l):  # noqa: E741
+    jacobian = 1e-80 * torch.eye(l, 9, dtype=torch.float64)[None]
+    values = torch.full((1, l), 1e80, dtype=torch.float64)
+    got, status = newton_update(torch.zeros(1, 9).double(), values, jacobian, max_step=0.5)
+    assert status.item() == S.RUNNING
+    assert got.norm().item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("way", ["newton", "bracket", "apply out", "newton out"])
+def test_what_is_written_in_place_is_known_to_autograd(way):
+    p, values, jacobian = newton_inputs(4, 1, 3)
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = (weight * p).sum()  # keeps p for its backward
+    status = torch.ones(4, dtype=torch.int8)
+    if way == "newton":
+        ops.newton_update_(p, status, values, jacobian)
+    elif way == "bracket":
+        ends = torch.cat([values, -values], 1)
+        ops.bracket_update_(p, status, ops.bracket_state(4), p - 1, p + 1, ends)
+    elif way == "apply out":
+        ops.pinv_apply(jacobian, values, out=p)
+    else:
+        newton_update(p.clone(), values, jacobian, out=p)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # --- rows are independent -------------------------------------------------------------------------
 
 

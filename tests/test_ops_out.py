@@ -172,6 +172,58 @@ def test_a_dual_number_that_needs_no_gradient_is_refused_too():
                 op(jacobian, dual)
 
 
+def test_a_tangent_that_would_be_lost_is_refused():
+    points, values, jacobian = arguments(4, 2, 3)
+    status, out = torch.ones(4, dtype=torch.int8), torch.empty_like(points)
+
+    def calls(dual):
+        yield lambda: pinv_apply(jacobian, dual, out=out)
+        yield lambda: newton_update(points, dual, jacobian, out=out)
+        yield lambda: newton_update_(points, status, dual, jacobian)
+
+    with forward_ad.dual_level():
+        for call in calls(forward_ad.make_dual(values, torch.ones_like(values))):
+            for mode in (torch.enable_grad, torch.no_grad):
+                with mode(), pytest.raises(RuntimeError, match="expected a tensor that needs no"):
+                    call()
+        for call in calls(values):
+            call()
+    for k in range(3):
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(
+                lambda v, k=k: list(calls(v))[k]()[0], (values,), (torch.ones_like(values),)
+            )
+
+
+@pytest.mark.parametrize("how", ["meta lower", "meta values", "meta level"])
+def test_a_tensor_without_numbers_among_others_is_refused(how):
+    points, values, jacobian = arguments(4, 2, 3)
+    given = {"lower": torch.zeros(3, dtype=points.dtype, device="meta")} if "lower" in how else {}
+    if how == "meta values":
+        values = values.to("meta")
+    level = values.to("meta") if how == "meta level" else values
+    given = (level, None, given.get("lower"), None, 0.0, math.inf)
+    with pytest.raises(RuntimeError, match=r"expected tensors on|device"):
+        torch.ops.levelset_ext.newton_update(points, values, jacobian, *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("slope", "value"), [(1.0, 1e-23), (1.0, 1e-30), (1e-15, 1e6), (2.0, 3.0)])
+def test_the_derivative_of_a_capped_step_at_any_scale(dtype, slope, value):
+    points = torch.zeros(1, 2, dtype=dtype)
+    values = torch.tensor([[value]], dtype=dtype, requires_grad=True)
+    jacobian = torch.tensor([[[slope, 0.0]]], dtype=dtype, requires_grad=True)
+    moved, _ = newton_update(points, values, jacobian, max_step=0.1)
+    by_value, by_slope = torch.autograd.grad(moved[0, 0], (values, jacobian), retain_graph=True)
+    (across,) = torch.autograd.grad(moved[0, 1], jacobian)
+    capped = value / slope > 0.1
+    assert by_value.item() == pytest.approx(0.0 if capped else -1 / slope)
+    assert by_slope[0, 0, 0].item() == pytest.approx(0.0 if capped else value / slope**2)
+    # Turning J turns the step: d/dJ_2 of -s J / |J|^2, with s short of the cap.
+    expected = -0.1 / slope if capped else -value / slope**2
+    assert across[0, 0, 1].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_way_without_autograd_is_not_taken_by_a_tensor_that_needs_it():
     points, values, jacobian = arguments(4, 2, 3)
     for name, tensor in (("points", points), ("values", values), ("jacobian", jacobian)):

@@ -19,6 +19,7 @@ import torch
 from test_reconstruct_command import SMALL, small_cloud
 from two_processes import on_loopback
 
+from levelset_ext.attacks import search_squares
 from levelset_ext.cli import main
 from levelset_ext.networks import build
 from levelset_ext.recipes import reconstruct as recipe
@@ -291,6 +292,10 @@ def test_shares_are_all_rows_once() -> None:
             assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
+def _darkness(delta: torch.Tensor) -> torch.Tensor:
+    return -delta.flatten(1).sum(1)
+
+
 def test_whole_draws_are_those_of_one_process() -> None:
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(5)
@@ -306,6 +311,15 @@ def test_whole_draws_are_those_of_one_process() -> None:
                 torch.rand(2, generator=generator())  # another's
             assert torch.equal(own, whole[rows])
             assert not torch.equal(own, again)
+    # The squares that a training proposes, too.
+    x = torch.rand(7, 2, 6, 6)
+    found = search_squares(_darkness, x, torch.zeros_like(x), 0.1, 3, generator())
+    for rank in range(2):
+        ranks, mine = Ranks(rank, 2), generator()
+        rows = ranks.share(7)
+        with WholeDraws(ranks, mine, 7):
+            own = search_squares(_darkness, x[rows], torch.zeros_like(x[rows]), 0.1, 3, mine)
+        assert torch.equal(own, found[rows])
     with (
         pytest.raises(RuntimeError, match="4 rows of this process, got one of 9"),
         WholeDraws(Ranks(1, 2), mine, 7),

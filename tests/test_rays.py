@@ -135,6 +135,53 @@ def test_rows_that_are_not_finite_leave_the_others():
     assert hits.t[1:].tolist() == pytest.approx([0.7, 0.7], abs=1e-5)
 
 
+def test_steps_shorter_than_the_numbers_are_apart():
+    """From an origin so far away the march has to get on all the same."""
+    fn = lambda x: x.norm(dim=1) - 0.7  # noqa: E731
+    for far in (1e5, 3e5, 1e6):
+        origin, down = torch.tensor([[0.0, 0, far]]), torch.tensor([0.0, 0, -1])
+        hits = intersect_rays(fn, origin, down, box=(-1.0, 1.0), tol=0.2)
+        assert len(hits.t) == 1
+    near = torch.tensor([[0.0, 0, 301.0]])
+    hits = intersect_rays(fn, near, down, near=300.29, far=300.31, step=1e-6, tol=1e-3)
+    assert hits.mask.all()
+
+
+def test_a_dip_between_two_equal_samples_counts_once():
+    ball = lambda x: x.norm(dim=1) - 0.05  # noqa: E731
+    for start in (-1.0625, -1.05, -1.0625 - 1 / 64):
+        ray = torch.tensor([[start, 0, 0]], dtype=torch.float64)
+        found = ray_crossings(ball, ray, torch.tensor([1.0, 0, 0]).double(), far=2.125, step=0.125)
+        expected = torch.tensor([-0.05 - start, 0.05 - start], dtype=torch.float64)
+        torch.testing.assert_close(found.t, expected, rtol=0, atol=1e-6)
+        assert found.length_below.item() == pytest.approx(0.1, abs=1e-6)
+
+
+def test_two_dips_side_by_side_are_both_found():
+    fn = lambda x: torch.minimum((x[:, 0] - 0.3).abs(), (x[:, 0] - 0.7).abs()) - 0.01  # noqa: E731
+    ray = torch.zeros(1, 2, dtype=torch.float64)
+    found = ray_crossings(fn, ray, torch.tensor([1.0, 0]).double(), far=1.0, step=0.25)
+    assert found.t.tolist() == pytest.approx([0.29, 0.31, 0.69, 0.71], abs=1e-6)
+
+
+def test_crossings_of_a_field_that_is_not_finite_are_refused():
+    fn = lambda x: torch.where(x[:, 0] > 0.5, torch.nan, x.norm(dim=1) - 0.3)  # noqa: E731
+    with pytest.raises(ValueError, match=r"^fn: expected finite values, got 1 of 1 that are not"):
+        ray_crossings(fn, torch.zeros(1, 2), torch.tensor([1.0, 0]), far=1.0)
+
+
+def test_a_batch_without_a_hit_has_a_gradient_of_zeros():
+    fn = problems.Sphere(0.7)
+    origins = torch.tensor([[0.0, 0, 3]], dtype=torch.float64)
+    for wanted in (None, True):
+        hits = intersect_rays(fn, origins, torch.tensor([0, 0, 1.0]).double(), far=5.0,
+                              differentiable=wanted)  # fmt: skip
+        assert not hits.mask.any()
+        loss = hits.points[hits.mask].sum()
+        gradients = torch.autograd.grad(loss, list(fn.parameters()))
+        assert all(not g.any() for g in gradients)
+
+
 def test_batches_and_no_rays_or_hits():
     fn = problems.RowCounter(problems.Sphere(0.7))
     o, v = toward(0.9, 50)

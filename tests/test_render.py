@@ -125,6 +125,10 @@ def test_a_mesh_of_nothing_and_one_around_the_eye():
     empty = trimesh.Trimesh(np.zeros((0, 3)), np.zeros((0, 3), int))
     image = render(problems.Sphere(), camera, guide=empty, background=(1, 1, 1))
     assert (image == 255).all()
+    behind = trimesh.creation.icosphere(subdivisions=2, radius=0.7)
+    away = Camera.look_at((0, 0, -2.0), (0, 0, -3.0), width=8, height=8, fov=0, span=2.0)
+    with pytest.raises(ValueError, match=r"^guide: expected a mesh in front of the eye"):
+        render(problems.Sphere(), away, guide=behind)
     around = trimesh.creation.icosphere(subdivisions=1, radius=5.0)
     with pytest.raises(ValueError, match=r"^guide: expected a mesh in front of the eye"):
         render(problems.Sphere(), camera, guide=around)

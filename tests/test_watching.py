@@ -151,8 +151,18 @@ def test_a_history_goes_on_with_the_run(tmp_path: Path, whole_run: tuple[Path, R
 
 def test_a_sink_that_fails_is_taken_out_unless_it_is_vital() -> None:
     class Broken(Recorder):
+        closed = False
+
         def see(self, moment: Moment) -> None:
             raise OSError("no room")
+
+        def close(self) -> None:
+            self.closed = True
+            raise OSError("again")
+
+    class Unsure(Broken):
+        def due(self, step: int, *, last: bool, saved: bool) -> bool:
+            raise ValueError("when?")
 
     said: list[str] = []
     broken, whole = Broken(), Recorder()
@@ -164,6 +174,12 @@ def test_a_sink_that_fails_is_taken_out_unless_it_is_vital() -> None:
     asked: list[int] = []
     watch.after_step(5, lambda: (asked.append(5) or {}, ""))  # type: ignore[func-returns-value]
     assert not asked  # nobody wanted it, so it was not worked out
+    assert broken.closed
+    unsure = Unsure()
+    watch = Observers([unsure, whole], said.append)
+    watch.after_step(6, lambda: ({}, ""))
+    assert watch.sinks == [whole]
+    assert unsure.closed
     broken.vital = True
     with pytest.raises(OSError, match="no room"):
         Observers([broken]).after_step(8, lambda: ({}, ""))

@@ -52,13 +52,14 @@ LEVELSET_HD RowStatus newton_row(const Team& team, const NewtonParams<S>& p, std
                           .value[0];
     return spoiled == A(0) ? status : RowStatus::kNonFinite;
   }
-  // Two sums: columns that changed, and 0 or NaN for columns that are finite or not.
+  // Two sums: columns that changed, and 0 or NaN for columns that are finite, before and after, or
+  // not: a box would clamp an infinite one.
   const bool boxed = p.lower != nullptr || p.upper != nullptr;
   const auto land = [&](std::int64_t j, A x) {
     const S after = store<S>(x);
     const A from = load(point[j]), to = load(after);
     next[j] = after;
-    return Partial<A, 2>{{to != from ? A(1) : A(0), to - to}};
+    return Partial<A, 2>{{to != from ? A(1) : A(0), (to - to) + (from - from)}};
   };
   const Partial<A, 2> landed =
       boxed ? team.template reduce<Sum, 2, A>(d,

@@ -89,16 +89,21 @@ class PinvRow {
       // overflow where the step itself does not.
       return A(hypot(weight_[0], weight_[1] / A(sqrt(inverse_residue_))));
     } else {
-      double rhs[kSize], solution[kSize];
-      for (int k = 0; k < outputs_; ++k) rhs[k] = double(r[k]) * double(inverse_[k]);
+      double rhs[kSize], solution[kSize], largest = 0;
+      for (int k = 0; k < outputs_; ++k) {
+        rhs[k] = double(r[k]) * double(inverse_[k]);
+        if (fabs(rhs[k]) > largest) largest = fabs(rhs[k]);
+      }
       solve(rhs, solution);
+      // In units of the largest: the square of a long step may overflow where the step does not.
+      const double unit = largest > 0 && largest <= FloatRange<double>::largest ? largest : 1.0;
       double squares = 0;
       for (int k = 0; k < outputs_; ++k) {
-        squares += rhs[k] * solution[k];
+        squares += rhs[k] / unit * (solution[k] / unit);
         weight_[k] = A(solution[k]);
       }
       // Rounding may leave a tiny negative number; a NaN must stay one.
-      return A(sqrt(squares < 0 ? 0.0 : squares));
+      return A(unit * sqrt(squares < 0 ? 0.0 : squares));
     }
   }
 

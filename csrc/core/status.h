@@ -11,7 +11,7 @@ enum class RowStatus : std::int8_t {
   kRunning = 1,        // moved by the last update, not yet known to be on the level set
   kMaxIterations = 2,  // the iteration budget ended first
   kRankDeficient = 3,  // D_xF lost rank (see RankTolerance), or the step it asks for overflows
-  kNonFinite = 4,      // NaN or infinity in F, D_xF, the level or the point
+  kNonFinite = 4,      // NaN or infinity in F, the level or the point, or in D_xF of a row to move
   kNotBracketed = 5,   // false position: F - c has one sign at both ends of the segment
   kStalled = 6,  // the next point equals this one: the dtype or the box allows no closer point
 };

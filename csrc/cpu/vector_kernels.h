@@ -52,7 +52,7 @@ struct VectorKernels {
   bool (*begin_searches)(const BracketParams<S>& params, std::int64_t begin, std::int64_t end);
 };
 
-constexpr std::int8_t kIrregularRow = -1;
+constexpr std::int8_t kIrregularRow = -128;  // nothing a caller would take for a status
 constexpr std::int64_t kGradientRows = 256;  // rows summed before the registers are written back
 
 // The same products with factors rounded to bfloat16 and sums in float32: about three digits, at

@@ -30,15 +30,16 @@ Plan read_plan(const Tensor& packed, const Tensor& coarse, const Tensor& layout,
   require(p.plan.width > 0, "layout: expected at most ", cuda::kMlpLayers, " layers of up to ",
           cuda::kMlpWidths[3], " units, d up to ", cuda::kMlpDimension, " and l up to ",
           cuda::kMlpOutputs, " on CUDA");
+  require(packed.is_cuda(), "packed: expected a CUDA tensor");
   expect_dtype(packed, "packed", ScalarType::Float);
   expect_shape(packed, "packed", "(numbers,)", {p.plan.packed});
   expect_contiguous(packed, "packed");
   expect_aligned(packed, "packed");
   expect_dtype(coarse, "coarse", ScalarType::Int);
   expect_dim(coarse, "coarse", "(pairs,)", 1);
+  expect_same_device(coarse, "coarse", packed, "packed");
   if (coarse.size(0) > 0) {
     expect_shape(coarse, "coarse", "(pairs,)", {p.plan.coarse});
-    expect_same_device(coarse, "coarse", packed, "packed");
     expect_contiguous(coarse, "coarse");
     expect_aligned(coarse, "coarse");
   }

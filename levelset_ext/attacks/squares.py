@@ -63,12 +63,13 @@ def search_squares(
     largest = max(1.0, LARGEST * min(height, width))
     best = value(delta) if at_delta is None else at_delta
     for _ in range(proposals):
-        drawn = torch.rand(3, n, 1, 1, 1, generator=generator)
-        side = (largest ** drawn[0]).round_()
-        top = (drawn[1] * (height - side + 1)).floor_().to(x.device)
-        left = (drawn[2] * (width - side + 1)).floor_().to(x.device)
+        # Rows first, and nothing but rand: what WholeDraws can share among processes.
+        drawn = torch.rand(n, 3 + channels, 1, 1, generator=generator)
+        side = (largest ** drawn[:, :1]).round_()
+        top = (drawn[:, 1:2] * (height - side + 1)).floor_().to(x.device)
+        left = (drawn[:, 2:3] * (width - side + 1)).floor_().to(x.device)
         side = side.to(x.device)
-        signs = torch.randint(2, (n, channels, 1, 1), generator=generator).to(x.device)
+        signs = (2 * drawn[:, 3:]).floor_().to(x.device)
         inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
         square = (x + (signs * 2 - 1) * eps).clamp_(0, 1).sub_(x)
         proposed = torch.where(inside, square, delta)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ Check = Callable[[str, Any], dict[str, Any]]
 _SHORTEST = 5e-3  # seconds; a shorter call is repeated until the clock has this much to measure
 
 
+@contextlib.contextmanager
+def _collected() -> Iterator[None]:
+    """What is there at the beginning is looked at no more: a collection then takes no time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_collected()
 def compare(
     title: str,
     competitors: Sequence[Competitor],
@@ -89,9 +102,6 @@ def compare(
         extra memory in MB; the check's figures. And who was left out, and why.
     """
     say(f"{title}: {len(competitors)} competitors, {settings.repeats} rounds")
-    # What is there now is looked at no more: a collection then takes no time.
-    gc.collect()
-    gc.freeze()
     entries: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     numbers: dict[str, int] = {}
@@ -143,7 +153,6 @@ def compare(
                 if progress.due() or (said and done == runs):
                     progress.report(done, one.name, done == runs)
                     said = True
-    gc.unfreeze()
     for name, entry in entries.items():
         entry["rounds"] = len(times[name])
         for kind, taken in (("", times), ("cpu_", busy)):

@@ -97,7 +97,7 @@ def curvature_penalty(
     """The mean over the points of a measure of bending, to be added to a loss.
 
     Differentiable in the parameters of ``fn``, and in the points if they ask for a gradient. Third
-    derivatives of F with respect to x and theta enter; it costs about 2 d evaluations of F.
+    derivatives of F with respect to x and theta enter; it costs about 3 d evaluations of F.
 
     Args:
         fn, points: as for :func:`curvature`.
@@ -122,7 +122,12 @@ def curvature_penalty(
         # Bad rows leave before anything is computed with them: 0 x NaN is NaN in a backward pass.
         count = max(points.shape[0], 1)
         points = points[torch.isfinite(points).all(1)]
-        _, _, shape = _shape_operator(as_field(fn), points, create_graph=gradients)
+        field = as_field(fn)
+        if gradients:  # also where F has no second derivative
+            still = points.detach()
+            _, _, shape = _shape_operator(field, still, create_graph=False)
+            points = points[torch.isfinite(shape).flatten(1).all(1)]
+        _, _, shape = _shape_operator(field, points, create_graph=gradients)
         shape = shape[torch.isfinite(shape).flatten(1).all(1)]
         if kind == "total":
             each = shape.square().sum((1, 2))

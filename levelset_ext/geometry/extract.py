@@ -521,7 +521,7 @@ def _finish(
     points, bracketed = start, 0
     if refine:
         sample = start[:: -(-len(start) // 4096)]
-        slope = float(np.median(np.linalg.norm(exact.gradient(sample)[1], axis=1)))
+        slope = _typical(np.linalg.norm(exact.gradient(sample)[1], axis=1))
         tolerance = _TARGET_SHARE * diagonal * slope
         points, values, gradient, good = exact.project(start, tolerance)
         with np.errstate(invalid="ignore"):
@@ -540,7 +540,7 @@ def _finish(
     else:
         values, gradient = exact.gradient(points)
     length = np.linalg.norm(gradient, axis=1)
-    tolerance = RESIDUAL_SHARE * diagonal * float(np.median(length))
+    tolerance = RESIDUAL_SHARE * diagonal * _typical(length)
     return Mesh(
         vertices=points,
         faces=faces,
@@ -552,6 +552,14 @@ def _finish(
         bracketed=bracketed,
         unrefined=int((~(np.abs(values) <= tolerance)).sum()),
     )
+
+
+def _typical(slopes: np.ndarray) -> float:
+    """The median of |D_xF|, without vertices where F has no gradient, as at the tip of a cone."""
+    known = slopes[np.isfinite(slopes)]
+    if not len(known):
+        raise ValueError("fn: expected a finite gradient on the level set, got none at any vertex")
+    return float(np.median(known))
 
 
 class _Exact:

@@ -302,12 +302,14 @@ def _march(
         below_end[rows] = value < 0
         # Two samples back, for dips; none there at first.
         old_t, old_value = t, torch.full_like(value, math.nan)
-        keep = torch.isfinite(value)
+        # A dip was found in the last interval, where the next three samples are not to find it.
+        known = torch.zeros_like(rows, dtype=torch.bool)
+        keep = _finite(value, every)
         while True:
             keep &= t < rays.far[rows]
             if not bool(keep.all()):
-                rows, t, value, old_t, old_value = (
-                    x[keep] for x in (rows, t, value, old_t, old_value)
+                rows, t, value, old_t, old_value, known = (
+                    x[keep] for x in (rows, t, value, old_t, old_value, known)
                 )
             if rows.shape[0] == 0:
                 break
@@ -315,23 +317,28 @@ def _march(
             if lipschitz is not None:
                 length = torch.maximum(length, value.abs() / lipschitz)
             # The grid is not to drift by rounding into one more, tiny step at the end.
-            new_t = t + length
             far = rays.far[rows]
+            # At least to the next number: far from the origin of the ray a step may be less.
+            new_t = torch.maximum(t + length, torch.nextafter(t, far))
             new_t = torch.where(new_t > far - 1e-3 * rays.step, far, new_t)
             new_value = _values(field, rays, rows, new_t) - level
-            keep = torch.isfinite(new_value)
+            keep = _finite(new_value, every)
             crosses = keep & ((new_value < 0) != (value < 0))
             if bool(crosses.any()):
                 found.append(_cut(crosses, rows, t, new_t, value, new_value))
             below_end[rows[keep]] = new_value[keep] < 0
-            dips = keep & ~crosses & _may_dip(old_t, t, new_t, old_value, value, new_value)
+            dips = keep & ~crosses & ~known
+            dips &= _may_dip(old_t, t, new_t, old_value, value, new_value)
+            known = torch.zeros_like(known)
             if bool(dips.any()):
-                pairs, dipped = _search_dips(
+                pairs, dipped, late = _search_dips(
                     field, rays, level, *(x[dips] for x in (rows, old_t, t, new_t)),
                     *(x[dips] for x in (old_value, value, new_value)),
                 )  # fmt: skip
                 found.extend(pairs if every else pairs[:1])
-                crosses[torch.nonzero(dips).squeeze(1)[dipped]] = True
+                searched = torch.nonzero(dips).squeeze(1)
+                crosses[searched[dipped]] = True
+                known[searched[late]] = True
             if not every:
                 keep &= ~crosses
             old_t, old_value, t, value = t, value, new_t, new_value
@@ -346,6 +353,15 @@ def _march(
     return _Brackets(
         index, start, end, first + level, second + level, rising, below_start, below_end
     )
+
+
+def _finite(values: Tensor, all_of_them: bool) -> Tensor:
+    """Which values are finite. Where every crossing of a line counts, all have to be."""
+    finite = torch.isfinite(values)
+    if all_of_them and not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise ValueError(f"fn: expected finite values, got {bad} of {len(values)} that are not")
+    return finite
 
 
 def _cut(where: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
@@ -391,10 +407,11 @@ def _search_dips(
     f0: Tensor,
     f1: Tensor,
     f2: Tensor,
-) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor]:
     """Golden section for the least |F - c| around t1, until it changes sign or nothing is left.
 
-    Returns the brackets before and after the sign change, and which of the rows have them.
+    Returns the brackets before and after the sign change, which of the rows have them, and which
+    have them behind t1.
     """
     share = (3 - math.sqrt(5)) / 2
     sign = torch.where(f1 < 0, -1.0, 1.0)
@@ -428,7 +445,9 @@ def _search_dips(
         (rows, before[0], best, before[1], f_best),
         (rows, best, behind[0], f_best, behind[1]),
     ]
-    return pairs, crossed
+    late = crossed.clone()
+    late[crossed] = ~early
+    return pairs, crossed, late
 
 
 def _solve(
@@ -483,6 +502,9 @@ def _follow(
     """The hits as functions of the parameters and of the rays, equal to ``hits.points``."""
     points, v = hits.points, rays.unit[rows]
     if rows.shape[0] == 0:
+        # No hit has a gradient of zeros: a loss of this batch can be differentiated all the same.
+        if origins.shape[0] and (values := evaluate(field, rays.origins[:1])).requires_grad:
+            points = points + torch.where(torch.zeros_like(values, dtype=torch.bool), values, 0.0)
         return points
     # One row tells whether F has parameters to follow; sample_network raises where it has none.
     if required or evaluate(field, points[:1]).requires_grad:

@@ -305,12 +305,12 @@ class _Search:
             return _Search(nothing, -nothing, np.zeros((height, width), dtype=bool), 1.0, 0.0)
         shape = (vertices - camera.eye) @ np.stack([camera.right, camera.up, camera.back], 1)
         ahead = -shape[:, 2]
+        if ahead.min() <= 1e-9 * camera.distance:
+            raise ValueError("guide: expected a mesh in front of the eye, got one behind or around")
         if camera.fov == 0:
             scale = np.full(len(shape), height / camera.span)
             depth = ahead
         else:
-            if ahead.min() <= 1e-9 * camera.distance:
-                raise ValueError("guide: expected a mesh in front of the eye, got one around it")
             scale = height / (2 * math.tan(math.radians(camera.fov) / 2)) / ahead
             depth = -1 / ahead  # is linear on the screen, as the distance is not
         low, high = float(depth.min()), float(depth.max())

@@ -166,8 +166,9 @@ def draw_history(table: Path, picture: Path) -> bool:
     Returns:
         Whether it did: False without matplotlib or without rows.
     """
-    try:
-        import matplotlib
+    try:  # not pyplot, whose backend is the caller's
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         return False
     rows = read_history(table) if table.exists() else []
@@ -176,14 +177,11 @@ def draw_history(table: Path, picture: Path) -> bool:
     panels = [(title, some) for title, some in panels if some]
     if not panels:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     across = len(panels) if len(panels) <= 3 else 2
     count = -(-len(panels) // across)
-    figure, axes = plt.subplots(
-        count, across, figsize=(4.6 * across, 2.9 * count), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.6 * across, 2.9 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(count, across, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, some) in zip(axes.flat, panels, strict=False):
@@ -210,7 +208,6 @@ def draw_history(table: Path, picture: Path) -> bool:
         # Without the version of matplotlib, so that equal tables are equal pictures.
         lambda stream: figure.savefig(stream, format="png", dpi=120, metadata={"Software": ""}),
     )
-    plt.close(figure)
     return True
 
 

@@ -8,6 +8,7 @@ randomness, parameters and order of a training are the same with and without it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,13 @@ class Observers(Sequence[Observer]):
         saved: bool = False,
     ) -> None:
         """``look`` gives the figures and the note of the step; called if a sink wants them."""
-        due = [sink for sink in self.sinks if sink.due(step, last=last, saved=saved)]
+        due: list[Observer] = []
+
+        def ask(sink: Observer) -> None:
+            if sink.due(step, last=last, saved=saved):
+                due.append(sink)
+
+        self._tell(list(self.sinks), ask)
         if due:
             moment = Moment(step, *look(), last=last, saved=saved)
             self._tell(due, lambda sink: sink.see(moment))
@@ -142,6 +149,8 @@ class Observers(Sequence[Observer]):
                     raise
                 self.say(f"{type(sink).__name__}: switched off ({type(error).__name__}: {error})")
                 self.sinks.remove(sink)
+                with contextlib.suppress(Exception):  # what it holds, a port or a file, goes
+                    sink.close()
 
 
 class ProgressLine(Observer):
