@@ -127,8 +127,11 @@ def test_a_mesh_of_nothing_and_one_around_the_eye():
     assert (image == 255).all()
     behind = trimesh.creation.icosphere(subdivisions=2, radius=0.7)
     away = Camera.look_at((0, 0, -2.0), (0, 0, -3.0), width=8, height=8, fov=0, span=2.0)
-    with pytest.raises(ValueError, match=r"^guide: expected a mesh in front of the eye"):
-        render(problems.Sphere(), away, guide=behind)
+    image = render(problems.Sphere(), away, guide=behind, background=(1, 1, 1))
+    assert (image == 255).all()
+    inside = Camera.look_at((0, 0, 0.1), (0, 0, -3.0), width=24, height=24, fov=0, span=2.0)
+    pictures = [render(problems.Sphere(), inside, guide=mesh) for mesh in (None, behind)]
+    assert (pictures[0] == pictures[1]).all(2).mean() > 0.9  # but for the outline
     around = trimesh.creation.icosphere(subdivisions=1, radius=5.0)
     with pytest.raises(ValueError, match=r"^guide: expected a mesh in front of the eye"):
         render(problems.Sphere(), camera, guide=around)

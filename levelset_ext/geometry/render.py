@@ -305,12 +305,15 @@ class _Search:
             return _Search(nothing, -nothing, np.zeros((height, width), dtype=bool), 1.0, 0.0)
         shape = (vertices - camera.eye) @ np.stack([camera.right, camera.up, camera.back], 1)
         ahead = -shape[:, 2]
-        if ahead.min() <= 1e-9 * camera.distance:
-            raise ValueError("guide: expected a mesh in front of the eye, got one behind or around")
         if camera.fov == 0:
+            faces = faces[(ahead[faces] > 0).any(1)]  # no ray comes near the others
+            if not len(faces):
+                return _Search(nothing, -nothing, np.zeros((height, width), dtype=bool), 1.0, 0.0)
             scale = np.full(len(shape), height / camera.span)
             depth = ahead
         else:
+            if ahead.min() <= 1e-9 * camera.distance:
+                raise ValueError("guide: expected a mesh in front of the eye, got one around it")
             scale = height / (2 * math.tan(math.radians(camera.fov) / 2)) / ahead
             depth = -1 / ahead  # is linear on the screen, as the distance is not
         low, high = float(depth.min()), float(depth.max())
@@ -338,6 +341,7 @@ class _Search:
         sure = np.isfinite(distance)
         behind = np.where(sure, distance, -np.inf)
         near = scipy.ndimage.minimum_filter(distance, 3, mode="nearest") - reach
+        near = near.clip(min=0)  # a ray begins at the eye
         far = scipy.ndimage.maximum_filter(behind, 3, mode="nearest") + reach
         # At an outline the surface turns away. It is a parabola there, along which the last part of
         # a pixel goes at most 2.5 times as far down as the pixel before.
