@@ -326,15 +326,13 @@ def test_a_scan_where_the_run_would_write_is_kept(
     assert scan.read_bytes() == b"mine"
 
 
-def test_files_that_no_reconstruction_has_made_are_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_no_reconstruction_has_made_are_kept(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text("mine")
-    assert main(["reconstruct", "--out", str(tmp_path), "--steps", "1"]) == 2
-    message = f"{tmp_path}: history.csv would be replaced and is not of a reconstruction"
-    assert message in capsys.readouterr().err
-    (tmp_path / "config.json").write_text("{}")
-    assert main(["reconstruct", "--out", str(tmp_path), "--steps", "1"]) == 2
+    for there in ("history.csv", "history.csv, config.json"):
+        message = f"{there} would be replaced and is not of a reconstruction"
+        with pytest.raises(InputError, match=message):
+            recipe.reconstruct(small_cloud(), tmp_path, SMALL)
+        (tmp_path / "config.json").write_text("{}")
     assert (tmp_path / "history.csv").read_text() == "mine"
 
 
