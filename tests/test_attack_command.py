@@ -303,13 +303,15 @@ def test_two_networks_of_one_factory_have_their_own_weights(
         "def make(): return build('convnet-2a', 10, (1, 8, 8))\n"
     )
     monkeypatch.chdir(tmp_path)
-    torch.save(build("convnet-2a", 10, (1, 8, 8)).state_dict(), "weights.pt")
+    for name in ("weights.pt", "others.pt"):
+        torch.save(build("convnet-2a", 10, (1, 8, 8)).state_dict(), name)
     make = "own_network:make"
     words = ["attack", "--data", data, "--attack", "transfer-xent-1", "--eps", "0.1"]
     words += ["--model", make, "--weights", "weights.pt", "--source-model", make]
-    assert main([*words, "--source-weights", "weights.pt", "--out", "alike"]) == 0
-    config = json.loads((tmp_path / "alike" / "config.json").read_text())
-    assert config["source"] == config["model"]
+    for name, alike in (("weights.pt", True), ("others.pt", False)):
+        assert main([*words, "--source-weights", name, "--out", name[:-3]]) == 0
+        config = json.loads((tmp_path / name[:-3] / "config.json").read_text())
+        assert (config["source"] == config["model"]) == alike
 
 
 def test_a_network_of_other_images_is_named(
