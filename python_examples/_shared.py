@@ -27,6 +27,7 @@ from levelset_ext.recipes.files import (
     write_json,
 )
 from levelset_ext.recipes.progress import Progress, say
+from levelset_ext.recipes.run_folder import check_own_files
 from levelset_ext.whole_files import write_whole
 
 BLUE, RED, ORANGE, GREEN, GREY = "#2f6db3", "#c8423b", "#e08a1e", "#3b8f5a", "#8a8f98"
@@ -57,8 +58,7 @@ class Run:
         if resume and config.exists():
             self._check(read_json(config), header)
         else:
-            if self.parts.exists() or config.exists():
-                self._check_own(config)
+            check_own_files(out, ("parts", "config.json"), self.kind, self.kind)
             shutil.rmtree(self.parts, ignore_errors=True)
             write_json(config, header)
         self.parts.mkdir(exist_ok=True)
@@ -73,15 +73,6 @@ class Run:
         if changed:
             raise InputError(
                 f"{self.out}: expected the same settings to resume, got other {', '.join(changed)}"
-            )
-
-    def _check_own(self, config: Path) -> None:
-        """What would be removed is to be of an earlier run of this experiment."""
-        stored = read_json(config) if config.exists() else None
-        if not isinstance(stored, dict) or stored.get("kind") != self.kind:
-            raise InputError(
-                f"{self.out}: its config.json and parts would be replaced and are not of "
-                f"{self.kind}; choose another folder"
             )
 
     def unit(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class MLP:
         self._check()
         if any(buffer._version for buffer in self.module.buffers()):
             raise NotAnMLP("its forward writes to a buffer")
-        self._origin = weakref.ref(module)
+        self._origin: weakref.ref[nn.Module] | None = None
         # The copy's own buffers would miss what is written to those of the module.
         for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
             mine._buffers = dict(theirs._buffers)
@@ -137,11 +137,14 @@ class MLP:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         try:
-            return cls(module, dimension, mixed)
+            field = cls(module, dimension, mixed)
         except NotAnMLP as error:
             raise ValueError(
                 f"module: expected a multilayer perceptron, got a {type(module).__name__}: {error}"
             ) from error
+        # A field that `project` finds by itself is made anew by who found it.
+        field._origin = weakref.ref(module)
+        return field
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -165,7 +168,8 @@ class MLP:
     def _follow(self) -> None:
         """Reads the module anew where its parameters or buffers are others by now, as after
         ``load_state_dict(assign=True)``, ``double()`` of buffers or a layer put in its place."""
-        module = self._origin()
+        origin = self._origin
+        module = None if origin is None else origin()
         if module is None:
             return
         now = [*module.parameters(), *module.buffers()]
@@ -173,6 +177,7 @@ class MLP:
             a is not b for a, b in zip(now, self._sources, strict=True)
         ):
             MLP.__init__(self, module, self.dimension, self.mixed)
+            self._origin = origin
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     content = io.BytesIO()
     torch.save(state, content)
     write_whole(path, lambda stream: stream.write(content.getbuffer()))
+
+
+@contextlib.contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """Within it, entries of a checkpoint that are missing or do not fit are an InputError."""
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
 
 
 def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:

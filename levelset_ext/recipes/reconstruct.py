@@ -35,7 +35,7 @@ from levelset_ext.geometry.compare import compare_meshes
 from levelset_ext.geometry.extract import Mesh, extract_mesh
 from levelset_ext.geometry.preview import render_preview
 from levelset_ext.networks import MLP, ImplicitMLP
-from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, write_json
+from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, taking_up, write_json
 from levelset_ext.recipes.guard import Guard, finite_gradient
 from levelset_ext.recipes.history import HistoryPicture, HistoryTable
 from levelset_ext.recipes.observers import Observer, Observers, ProgressLine, Run
@@ -657,15 +657,11 @@ def train_in_folder(
     training.guard.say = say
     saved = ranks.first(lambda: kept_checkpoint(out, kind)) if resume else None
     if saved is not None:
-        try:
+        with taking_up(out / "checkpoint.pt"):
             training.load(saved["training"])
             spent = Spent(
                 saved["seconds"] + spent.seconds(), saved["cpu_seconds"] + spent.cpu_seconds()
             )
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            path = out / "checkpoint.pt"
-            raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
         say(f"going on at step {training.step} of {config.steps}")
 
     points_of_a_step = config.projected + config.general + config.cloud_points

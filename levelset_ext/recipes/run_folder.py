@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.files import plain, prepare_folder, read_json, write_json
 
-__all__ = ["begin_run", "check_apart", "digest"]
+__all__ = ["begin_run", "check_apart", "check_own_files", "digest"]
 
 
 def begin_run(
@@ -61,7 +62,7 @@ def begin_run(
             return read_json(out / "metrics.json")
         return None
     names = ("metrics.json", *results, "config.json")
-    _check_own_files(out, names, header["kind"], what)
+    check_own_files(out, names, header["kind"], what)
     for name in names:
         if (out / name).is_dir():
             shutil.rmtree(out / name, ignore_errors=True)
@@ -83,8 +84,9 @@ def check_apart(name: str, path: str | Path, out: Path, results: Sequence[str]) 
             )
 
 
-def _check_own_files(out: Path, names: Sequence[str], kind: str, what: str) -> None:
-    """Whether what a new run removes is of an earlier run of its kind, which config.json tells."""
+def check_own_files(out: Path, names: Sequence[str], kind: str, what: str) -> None:
+    """Raises InputError if one of the names is there, which a new run removes, and config.json does
+    not tell of an earlier run of its kind, whatever the version at the end of the kind."""
     there = [name for name in names if (out / name).exists()]
     if not there:
         return
@@ -93,11 +95,15 @@ def _check_own_files(out: Path, names: Sequence[str], kind: str, what: str) -> N
     except InputError:
         stored = None
     found = stored.get("kind") if isinstance(stored, dict) else None
-    if not isinstance(found, str) or found.rsplit(" ", 1)[0] != kind.rsplit(" ", 1)[0]:
+    if not isinstance(found, str) or _unversioned(found) != _unversioned(kind):
         raise InputError(
             f"{out}: {', '.join(there)} would be replaced and is not of {what}; choose another "
             "folder"
         )
+
+
+def _unversioned(kind: str) -> str:
+    return re.sub(r" \d+$", "", kind)
 
 
 def digest(*tensors: Tensor) -> str:

@@ -31,7 +31,7 @@ from levelset_ext.networks import CLASSIFIERS
 from levelset_ext.objectives import OBJECTIVES
 from levelset_ext.recipes.classifiers import KIND as CLASSIFIER_KIND
 from levelset_ext.recipes.classifiers import classifier_state, load_classifier
-from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, write_json
+from levelset_ext.recipes.files import kept_checkpoint, save_checkpoint, taking_up, write_json
 from levelset_ext.recipes.history import HistoryPicture
 from levelset_ext.recipes.observers import (
     Observer,
@@ -233,12 +233,9 @@ def _load(training: Training, saved: dict[str, Any], path: Path) -> Spent:
     """Brings the training to where its checkpoint is; returns the time that took."""
     if "training" not in saved or "seconds" not in saved:
         raise InputError(f"{path}: expected the checkpoint of a training, got a classifier alone")
-    try:
+    with taking_up(path):
         training.load(saved["training"])
         return Spent(float(saved["seconds"]), float(saved["cpu_seconds"]))
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: expected a checkpoint of this run ({reason})") from None
 
 
 def _train(training: Training, test: Images, out: Path, spent: Spent, watch: Observers) -> None:
