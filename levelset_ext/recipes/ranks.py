@@ -10,6 +10,7 @@ restart to the next.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -236,6 +237,10 @@ def launched(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         return
     if device.startswith("cuda:"):
         raise InputError(f"device: expected cpu or cuda with several processes, got {device!r}")
+    # It takes the group of all processes as default arguments when it is first imported, by
+    # torch.compile for one. A group that is there by then is never destroyed, and its threads now
+    # and then abort a process that is done.
+    importlib.import_module("torch.distributed.nn")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     own = parse_device(device if device != "cuda" else f"cuda:{local}")
     if own.type == "cuda":
