@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,7 +26,7 @@ from levelset_ext.recipes.curve_start import (
     short_tour,
     start_polygons,
 )
-from levelset_ext.recipes.files import load_checkpoint, write_json
+from levelset_ext.recipes.files import write_json
 
 SMALL = replace(
     recipe.curve_preset("fast", steps=60, seed=3),
@@ -58,7 +53,6 @@ def bent_circle(n: int = 200, seed: int = 0) -> recipe.CurvePoints:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)  # as every test has it: the bits of a matrix product depend on it
     recipe.reconstruct_curve(bent_circle(), out, SMALL)
     return out
 
@@ -261,46 +255,6 @@ def test_linked_circles_stay_two(tmp_path: Path) -> None:
 def test_a_network_of_too_many_outputs_has_no_curve() -> None:
     with pytest.raises(ValueError, match="expected l = d - 1 = 2 outputs"):
         trace_curve(ImplicitMLP(3, 3, 8, 2), torch.rand(5, 3), box=(-1, 1))
-
-
-CHILD = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_curve_command import SMALL, bent_circle
-from levelset_ext.recipes.curve import reconstruct_curve
-reconstruct_curve(bent_circle(), Path(sys.argv[1]), SMALL, resume=True)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_curve(whole_run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent))]
-    out = tmp_path / "killed"
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL)
-
-    def kill_when(condition: object) -> None:
-        child = start()
-        while child.poll() is None and not condition():  # type: ignore[operator]
-            time.sleep(0.002)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-
-    def step() -> int:
-        return load_checkpoint(out / "checkpoint.pt", recipe.KIND)["training"]["counters"]["step"]
-
-    # Before the first checkpoint and after training: what reconstruct does too, and its test tries.
-    kill_when(lambda: (out / "checkpoint.pt").exists())  # right after it
-    first = step()
-    kill_when(lambda: step() > first)  # in the middle
-    assert not (out / "metrics.json").exists()
-    assert start().wait() == 0
-    assert (out / "curve.ply").read_bytes() == (whole_run / "curve.ply").read_bytes()
-    assert not list(out.glob(".*"))
 
 
 def test_presets_stretch_and_survive_their_config_file(tmp_path: Path) -> None:

@@ -164,9 +164,10 @@ def test_an_input_that_is_gone_leaves_the_run_as_it_was(tmp_path, capfd, command
 # --- kills ----------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("name", list(kill_runs.COMMANDS))
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_result(tmp_path, name):
     journal = driver.Journal(str(tmp_path / "journal"))
-    assert kill_runs.work(driver.Job("train", 5, 3), journal) == (3, 3, [])
+    assert kill_runs.work(driver.Job(name, 5, 3), journal) == (3, 3, [])
 
 
 def test_half_a_file_and_another_result_are_noticed(tmp_path, monkeypatch):

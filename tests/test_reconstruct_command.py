@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -49,7 +44,6 @@ def small_cloud(seed: int = 0) -> recipe.Cloud:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)  # as every test has it: the bits of a matrix product depend on it
     recipe.reconstruct(small_cloud(), out, SMALL)
     return out
 
@@ -226,55 +220,6 @@ def test_resume_refuses_another_run(whole_run: Path) -> None:
         recipe.reconstruct(small_cloud(), whole_run, replace(SMALL, seed=4), resume=True)
     with pytest.raises(InputError, match="got one of"):
         recipe.reconstruct(small_cloud(seed=1), whole_run, SMALL, resume=True)
-
-
-CHILD = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_reconstruct_command import SMALL, small_cloud
-from levelset_ext.recipes.reconstruct import reconstruct
-reconstruct(small_cloud(), Path(sys.argv[1]), SMALL, resume=True)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_mesh(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        recipe.reconstruct(small_cloud(), tmp_path / "whole", SMALL)
-    finally:
-        torch.set_num_threads(threads)
-    command = [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent))]
-    out = tmp_path / "killed"
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL)
-
-    def kill_when(condition: object) -> None:
-        child = start()
-        while child.poll() is None and not condition():  # type: ignore[operator]
-            time.sleep(0.002)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-
-    kill_when(lambda: (out / "config.json").exists())  # before the first checkpoint
-    assert not (out / "checkpoint.pt").exists()
-    kill_when(lambda: (out / "checkpoint.pt").exists())  # right after it
-    first = load_checkpoint(out / "checkpoint.pt", recipe.KIND)["training"]["counters"]["step"]
-    kill_when(  # in the middle
-        lambda: (
-            load_checkpoint(out / "checkpoint.pt", recipe.KIND)["training"]["counters"]["step"]
-            > first
-        )
-    )
-    assert not (out / "metrics.json").exists()
-    assert start().wait() == 0
-    assert (out / "mesh.ply").read_bytes() == (tmp_path / "whole" / "mesh.ply").read_bytes()
-    assert not list(out.glob(".*"))
 
 
 def test_killed_between_the_last_step_and_the_results(whole_run: Path, tmp_path: Path) -> None:

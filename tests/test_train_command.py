@@ -5,12 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,35 +197,6 @@ def test_goes_on_where_it_was_interrupted(
     recipe.train(digits(), digits("test", 20), tmp_path / "cut", config, resume=True)
     assert steps == [*range(6), *range(4, 7), *range(4, 14)]
     assert same_state(load(tmp_path / "whole"), load(tmp_path / "cut"))
-
-
-CHILD = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_train_command import digits, small
-from levelset_ext.recipes.train import train
-train(digits(), digits("test", 20), Path(sys.argv[1]), small("madry", steps=150), resume=True)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    command = [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent)), str(out)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not (out / "checkpoint.pt").exists():
-        time.sleep(0.002)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert not (out / "metrics.json").exists()
-    assert 0 < load(out)["training"]["counters"]["step"] < 150
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    recipe.train(digits(), digits("test", 20), tmp_path / "whole", small("madry", steps=150))
-    assert same_state(load(tmp_path / "whole"), load(out))
-    assert not list(out.glob(".*"))
 
 
 # --- the step ----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import driver
 import numpy as np
 import torch
+import torch._dynamo  # what a step compiles with, loaded once for all children
 from PIL import Image
 
 from levelset_ext.data.images import load_images
