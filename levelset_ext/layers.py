@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ class LayerField(nn.Module):
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             raise ValueError(f"layer: expected one of {known}, got {layer!r}")
         self.network, self.layer = network, layer
-        self.units = units if callable(units) or isinstance(units, int | None) else tuple(units)
+        self.units = units if callable(units) or units is None else _numbers(units)
 
     def forward(self, x: Tensor) -> Tensor:
         output = self._output(x)
@@ -101,3 +102,17 @@ class LayerField(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer!r}, units={self.units!r}"
+
+
+def _numbers(units: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Integers of any kind, such as numpy's, as Python's."""
+    try:
+        return operator.index(units)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        return tuple(operator.index(unit) for unit in units)  # type: ignore[union-attr]
+    except TypeError:
+        raise ValueError(
+            f"units: expected an integer, several, a function or None, got {units!r}"
+        ) from None

@@ -19,7 +19,7 @@ from torch import Tensor
 from levelset_ext import ops
 from levelset_ext.field import Field, as_field, check_points, evaluate, values_of
 from levelset_ext.result import LevelSetResult, Status
-from levelset_ext.sample_network import move_points
+from levelset_ext.sample_network import move_points, no_samples
 from levelset_ext.samplers import false_position
 from levelset_ext.samplers.state import box_bounds, check_limits
 
@@ -503,9 +503,7 @@ def _follow(
     points, v = hits.points, rays.unit[rows]
     if rows.shape[0] == 0:
         # No hit has a gradient of zeros: a loss of this batch can be differentiated all the same.
-        if origins.shape[0] and (values := evaluate(field, rays.origins[:1])).requires_grad:
-            points = points + torch.where(torch.zeros_like(values, dtype=torch.bool), values, 0.0)
-        return points
+        return points + no_samples(field, rays.origins) if origins.shape[0] else points
     # One row tells whether F has parameters to follow; sample_network raises where it has none.
     if required or evaluate(field, points[:1]).requires_grad:
         points = move_points(field, hits, direction=v)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from levelset_ext.field import Field, as_field, check_points
-from levelset_ext.losses.robust import no_samples
 from levelset_ext.margin import check_labels, margin
 from levelset_ext.result import LevelSetResult
-from levelset_ext.sample_network import sample_network
+from levelset_ext.sample_network import no_samples, sample_network
 from levelset_ext.samplers.at_points import level_points
 from levelset_ext.samplers.projection import project_from
 

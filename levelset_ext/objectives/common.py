@@ -135,6 +135,8 @@ def uniform_start(x: Tensor, eps: float, generator: torch.Generator | None) -> T
 def warm_offsets(
     offsets: Tensor, share: float, eps: float, generator: torch.Generator | None
 ) -> Tensor:
-    """``offsets`` in about that share of the rows, elsewhere uniform in [-eps, eps]."""
+    """``offsets`` in about that share of the rows, elsewhere uniform in [-eps, eps]. They may have
+    been rounded since, or come from a larger box."""
+    offsets = offsets.clamp(-eps, eps)
     rows = torch.rand(len(offsets), *(1,) * (offsets.dim() - 1), generator=generator) < share
     return torch.where(rows.to(offsets.device), offsets, uniform_start(offsets, eps, generator))

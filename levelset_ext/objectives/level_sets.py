@@ -163,8 +163,8 @@ class Robust:
             distance=DISTANCES,
             search=("margin", "xent"),
         )
-        if self.step_last is not None:
-            check_fields(self, positive=("step_last",))
+        given = [n for n in ("step_last", "step_eps") if getattr(self, n) is not None]
+        check_fields(self, positive=given)
         for name in ("keep_best", "squares"):
             if getattr(self, name) and self.search != "xent":
                 raise ValueError(

@@ -87,8 +87,9 @@ def with_batch_statistics(network: nn.Module, x: Tensor) -> nn.Module:
     """
     clone = evaluation_copy(network)
     held: dict[int, _HeldNorm] = {}
+    # The clone has none of torch.compile's wrappers, nor their names.
     training = {
-        name: module
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
         for name, module in network.named_modules(remove_duplicate=False)
         if isinstance(module, _BatchNorm) and module.training
     }
