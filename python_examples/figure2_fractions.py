@@ -13,7 +13,8 @@ Every method gets the same number of trials: the candidates of --candidates, tri
 with seeds of their own and judged on training images outside the fraction. The best one is then
 run with the seeds that are reported. Test images play no part in it. For cross entropy and hinge
 the candidates are learning rates (with --data the paper's: 0.001, 0.005, 0.01, 0.02), for Eq. 11
-pairs of learning rate and final lambda.
+pairs of learning rate and final lambda. --methods cross-entropy,hinge --rates 0.02,0.05,0.1,0.2
+shows what those two make of other rates.
 
 accuracy.csv        mean test accuracy and its 95 % confidence interval (Student's t over the
                     seeds), per fraction and method; and the paired differences Eq. 11 minus each
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _robustness import numbers
 from _shared import (
     BLUE,
     GREY,
@@ -199,6 +201,12 @@ def work(argv: Sequence[str] | None) -> None:
     parser.add_argument("--fractions", help="of the training images, with commas between")
     parser.add_argument("--network", help="a name of networks.build")
     parser.add_argument("--warm", type=float, help="share of Eq. 11's epochs on hinge loss")
+    parser.add_argument(
+        "--methods", default=",".join(COLORS), help="to train, with commas between; all"
+    )
+    parser.add_argument(
+        "--rates", help="learning rates that cross entropy and hinge try, instead of candidates"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     for name, what in (
         ("seeds", "runs per fraction and method"),
@@ -225,6 +233,12 @@ def work(argv: Sequence[str] | None) -> None:
     if args.quick and args.candidates is None:
         candidates = 1
     changes["svm"], changes["plain"] = setting.svm[:candidates], setting.plain[:candidates]
+    if args.rates is not None:
+        rates = numbers("rates", args.rates, float, 1e-6, 1e3)
+        changes["plain"] = tuple((rate, 0) for rate in rates)
+    methods = args.methods.split(",")
+    if unknown := [name for name in methods if name not in COLORS]:
+        raise InputError(f"methods: expected some of {', '.join(COLORS)}, got {unknown[0]!r}")
     setting = replace(setting, **changes)
     counts = [setting.seeds, setting.epochs, setting.test_rows, candidates]
     if min(*counts, 1 if setting.most_steps is None else setting.most_steps) < 1:
@@ -240,9 +254,12 @@ def work(argv: Sequence[str] | None) -> None:
         labels = merge_labels(images.labels, 2)
         parts.append(Rows(images.images.to(device), labels.to(device)))
     train_all, test = parts
-    trials = setting.trial_seeds if candidates > 1 else 0
-    settings = {**asdict(setting), "data": args.data, "seed": args.seed}
-    units = len(setting.fractions) * 3 * (candidates * trials + setting.seeds)
+    pairs_of = {m: setting.svm if m == "geometric-svm" else setting.plain for m in methods}
+    trials = {m: setting.trial_seeds if len(pairs_of[m]) > 1 else 0 for m in methods}
+    settings = {**asdict(setting), "data": args.data, "seed": args.seed, "methods": methods}
+    units = len(setting.fractions) * sum(
+        len(pairs_of[m]) * trials[m] + setting.seeds for m in methods
+    )
     run = Run(args.out, "figure2", settings, units, args.resume)
 
     def one(name: str, method: str, share: float, seed: int, pair: Any, judge: str) -> float:
@@ -261,16 +278,16 @@ def work(argv: Sequence[str] | None) -> None:
     gains: list[dict[str, Any]] = []
     for share in setting.fractions:
         results = {}
-        for method in COLORS:
-            pairs = setting.svm if method == "geometric-svm" else setting.plain
+        for method in methods:
+            pairs = pairs_of[method]
             score = dict.fromkeys(pairs, 0.0)
             for pair in pairs:
                 found = [
                     one("trial", method, share, TRIAL_SEED + args.seed + k, pair, "validation")
-                    for k in range(trials)
+                    for k in range(trials[method])
                 ]
                 if found:
-                    score[pair] = math.fsum(found) / trials
+                    score[pair] = math.fsum(found) / len(found)
                     tuning.append(
                         {
                             "fraction": share,
@@ -303,9 +320,11 @@ def work(argv: Sequence[str] | None) -> None:
                     "high": mean + half,
                 }
             )
-        for other in OTHERS:
-            pairs_of = zip(results["geometric-svm"], results[other], strict=True)
-            mean, half = interval([a - b for a, b in pairs_of])
+        for other in OTHERS if "geometric-svm" in methods else ():
+            if other not in methods:
+                continue
+            both = zip(results["geometric-svm"], results[other], strict=True)
+            mean, half = interval([a - b for a, b in both])
             gains.append(
                 {
                     "fraction": share,

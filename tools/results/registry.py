@@ -192,12 +192,17 @@ _FEW_OF_CIFAR = {
     "figure2_cifar10_10_short": "--fractions 0.1 --seeds 5 --epochs 20 --test-rows 2000",
     "figure2_cifar10_10": "--fractions 0.1 --seeds 5 --epochs 50 --test-rows 2000",
 }
+# What cross entropy and hinge make of more learning rates than two.
+_RATES = "--methods cross-entropy,hinge --rates 0.02,0.05,0.1,0.2"
 _FEW_OF_MNIST = {
     "figure2_mnist": "--fractions 0.001,0.002,0.005,0.01,0.02,0.05 --seeds 5 --epochs 100 "
     "--most-steps 1900 --test-rows 2000",
     "figure2_mnist_10_short": "--fractions 0.1 --seeds 5 --epochs 100 --most-steps 1900 "
     "--test-rows 2000",
     "figure2_mnist_10": "--fractions 0.1 --seeds 3 --epochs 50 --test-rows 10000",
+    "figure2_mnist_rates": f"{_RATES} --fractions 0.001,0.002,0.005,0.01,0.02,0.05 --seeds 5 "
+    "--epochs 100 --most-steps 1900 --test-rows 2000",
+    "figure2_mnist_10_rates": f"{_RATES} --fractions 0.1 --seeds 3 --epochs 50 --test-rows 10000",
 }
 _LONG_RUNS = ("ours", "first", "longer", "madry")
 _MULTI_TARGETED = {name: f"multi_targeted_{name}.json" for name in _LONG_RUNS}
@@ -598,7 +603,11 @@ RESULTS: tuple[Result, ...] = (
         "figure2",
         "Training on few images",
         "Figure 2, Table A2",
-        ("figure2_digits.csv", *(f"{name}.csv" for name in _FEW_OF_MNIST)),
+        (
+            "figure2_digits.csv",
+            "figure2_digits_rates.csv",
+            *(f"{name}.csv" for name in _FEW_OF_MNIST),
+        ),
         (
             Step(
                 "python python_examples/figure2_fractions.py --out $OUT/digits --fractions "
@@ -607,6 +616,12 @@ RESULTS: tuple[Result, ...] = (
                     "digits/accuracy.csv": _data("figure2_digits.csv"),
                     "digits/accuracy.png": _image("figure2_digits.png"),
                 },
+            ),
+            Step(
+                "python python_examples/figure2_fractions.py --out $OUT/digits_rates --methods "
+                "cross-entropy,hinge --rates 0.05,0.1,0.2,0.4 --fractions 0.02,0.05,0.1 --seeds 10 "
+                "--trial-seeds 2 --resume",
+                {"digits_rates/accuracy.csv": _data("figure2_digits_rates.csv")},
             ),
             *_few_images("$MNIST", _FEW_OF_MNIST),
         ),

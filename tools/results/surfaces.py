@@ -29,6 +29,8 @@ METHODS = {
     "patches": "AtlasNet, 25 patches",
 }
 SCALE = 1e3  # as the paper has its Chamfer distances
+# Of the true surfaces; the bunny's has holes and no genus.
+TRUE_GENUS = {"fandisk": 0, "homer": 0, "rocker-arm": 1}
 
 
 def reconstruct(name: str, book: Book) -> str:
@@ -50,12 +52,13 @@ def reconstruct(name: str, book: Book) -> str:
                 small(one["hausdorff"]),
                 fixed(3)(one["normal_consistency"]),
                 f"{one['components']}{'' if one['watertight'] else ', open'}, {one['genus']}",
+                f"1, {TRUE_GENUS[scan]}" if scan in TRUE_GENUS else "-",
                 percent(number(run.get("converged_share")), 2),
             ]
         )
     head = [
         "scan", "CPU time", "Chamfer L1", "Chamfer L2", "/ floor", "point to surface", "its floor",
-        "Hausdorff", "normals", "pieces, genus", "converged, %",
+        "Hausdorff", "normals", "pieces, genus", "of the truth", "converged, %",
     ]  # fmt: skip
     lines = [table(head, rows)]
     table_of = book.files.json("surface_table.json")
@@ -64,17 +67,21 @@ def reconstruct(name: str, book: Book) -> str:
         if "trimmed" not in run:
             continue
         own, text = run["trimmed"], [f"ours {_open_figures(run['trimmed'])}"]
-        other = others.get(scan, {}).get("poisson", {}).get("trimmed")
-        if other is not None:
-            text.append(f"{METHODS['poisson']} {_open_figures(other)}")
-            for title, key in (
-                ("point to surface", "point_to_surface"),
-                ("Hausdorff", "hausdorff"),
-            ):
-                book.compare(
-                    f"{scan} without lids: {title}, whole preset", own[key],
-                    {METHODS["poisson"]: other[key]}, small, low=True, near=0.02 * own[key],
-                )  # fmt: skip
+        trimmed = {
+            METHODS[name]: other["trimmed"]
+            for name, other in others.get(scan, {}).items()
+            if "trimmed" in other
+        }
+        short = trimmed.pop("ours", None)
+        if short is not None:
+            text.append(f"ours in the time of the others below {_open_figures(short)}")
+        text += [f"{name} {_open_figures(other)}" for name, other in trimmed.items()]
+        for title, key in (("point to surface", "point_to_surface"), ("Hausdorff", "hausdorff")):
+            book.compare(
+                f"{scan} without lids: {title}, whole preset", own[key],
+                {name: other[key] for name, other in trimmed.items()}, small, low=True,
+                near=0.02 * own[key],
+            )  # fmt: skip
         lines += [
             "",
             f"The true surface of {scan} is open, and what is a level set has no border. Without "
@@ -89,7 +96,7 @@ def _open_figures(compared: Mapping[str, Any]) -> str:
 
 
 def _relative(run: Mapping[str, Any], key: str) -> float:
-    """A length over the diagonal of the cloud; the newer files have none else."""
+    """A length over the diagonal of the true surface; the newer files have none else."""
     return number(run.get(key))
 
 
@@ -121,7 +128,10 @@ def surface_table(book: Book) -> str:
     budget = found["settings"].get("seconds")
     lines += [
         f"Measured on the scans, {budget:g} s of one CPU thread for all that train; lengths over "
-        "the diagonal of the cloud:",
+        "the diagonal of the true surface. Our recipe was chosen by these distances, on homer, "
+        "stanford-bunny and fandisk ([trials](#trials-on-the-way-to-the-recipe)), so "
+        "three of the four scans are no test of it; every other method has one setting, that of "
+        "its authors or the usual one:",
         "",
     ]
     for title, key, text, low in measures:
@@ -134,7 +144,7 @@ def surface_table(book: Book) -> str:
                 others = {METHODS[n]: _relative(runs[n], key) for n in names if n != "ours"}
                 book.compare(
                     f"{scan}: {title}, {budget:g} s", _relative(runs["ours"], key), others, text,
-                    low=low, near=0.02 * abs(_relative(runs["ours"], key)) if low else 5e-4,
+                    low=low, near=0.02 * abs(_relative(runs["ours"], key)) if low else 1e-3,
                 )  # fmt: skip
         lines += [f"**{title}**", "", table(["scan", *(METHODS[n] for n in names)], rows), ""]
     rows = []
@@ -189,7 +199,23 @@ def close_ups(book: Book) -> str:
     return (
         "Balls of 5 % of the diagonal around the two thinnest places of each scan and the one with "
         "most creases, which are found by the truth alone; mean and largest distances over the "
-        "diagonal.\n\n" + table(head, rows, left=2)
+        "diagonal." + _unequal_times(book) + "\n\n" + table(head, rows, left=2)
+    )
+
+
+def _unequal_times(book: Book) -> str:
+    whole, short = book.files.json("reconstruct_fast.json"), book.files.json("surface_table.json")
+    if whole is None or short is None:
+        return ""
+    ours = [run["cpu_seconds"] for run in whole["scans"].values()]
+    other = [
+        run["poisson"]["training_seconds"] + run["poisson"]["mesh_seconds"]
+        for run in short["scans"].values()
+        if "poisson" in run
+    ]
+    return (
+        f" Not in the same time: ours is the whole preset, {min(ours):.0f} to {max(ours):.0f} s, "
+        f"{METHODS['poisson']} takes {min(other):.0f} to {max(other):.0f} s."
     )
 
 
@@ -346,18 +372,21 @@ def figure3(book: Book) -> str:
         ]
         for row in found
     ]
-    return table(
-        [
-            "cloud",
-            "curves",
-            "length",
-            "true length",
-            "curve to truth",
-            "truth to curve",
-            "Hausdorff",
-        ],
-        rows,
-    )
+    head = [
+        "cloud", "curves", "length", "true length", "curve to truth", "truth to curve", "Hausdorff",
+    ]  # fmt: skip
+    text = table(head, rows)
+    many = book.files.json("curve_fast.json")
+    part = [
+        run for run in (many or {"runs": []})["runs"] if abs(run["missing_share"] - 1 / 6) < 0.01
+    ]
+    if part:
+        away = ", ".join(fixed(3)(run["against_truth"]["hausdorff"]) for run in part)
+        text += (
+            "\n\nThe seed was chosen: in the table before this one, of as many points left out as "
+            f"here, the Hausdorff distances of seeds 0 to {len(part) - 1} are {away}."
+        )
+    return text
 
 
 def winners(book: Book) -> dict[str, str]:
@@ -366,18 +395,23 @@ def winners(book: Book) -> dict[str, str]:
     if found is None:
         return {}
     wins: dict[str, int] = {}
-    margins, closed = [], 0
+    closed: dict[str, int] = {}
+    margins = []
     for runs in found["scans"].values():
-        closed += runs["ours"]["components"] == 1 and runs["ours"]["watertight"]
+        for name in ("ours", "igr", "poisson"):
+            if name in runs:
+                whole = runs[name]["components"] == 1 and runs[name]["watertight"]
+                closed[METHODS[name]] = closed.get(METHODS[name], 0) + whole
         values = {name: number(run["point_to_surface"]) for name, run in runs.items()}
-        best = min(values, key=values.__getitem__)
-        wins[METHODS[best]] = wins.get(METHODS[best], 0) + 1
+        for name, value in values.items():
+            if value <= 1.02 * min(values.values()):  # as far as lengths are told apart
+                wins[METHODS[name]] = wins.get(METHODS[name], 0) + 1
         trained = {name: v for name, v in values.items() if name not in ("ours", "poisson")}
         margins.append(min(trained.values()) / values["ours"])
     return {
         "wins": ", ".join(f"{name} on {count}" for name, count in sorted(wins.items())),
         "scans": str(len(found["scans"])),
-        "closed": str(closed),
+        "closed": ", ".join(f"{name} {count}" for name, count in closed.items()),
         "trained": f"{min(margins):.2f} to {max(margins):.2f}" if margins else str(math.nan),
     }
 
@@ -388,11 +422,19 @@ def answer(book: Book) -> str:
     if found is None:
         return f"surfaces: {NOT_RUN}"
     runs = [run["compare"] for run in found["scans"].values()]
+    right = [
+        scan
+        for scan, run in found["scans"].items()
+        if scan in TRUE_GENUS
+        and run["compare"]["watertight"]
+        and (run["compare"]["components"], run["compare"]["genus"]) == (1, TRUE_GENUS[scan])
+    ]
     whole = sum(run["components"] == 1 and run["watertight"] for run in runs)
     near = [run["point_to_surface"] for run in runs]
     floor = [run["point_to_surface_floor"] for run in runs]
     return (
         f"**Surfaces.** {whole} of {len(runs)} raw scans come back as one closed piece, "
+        f"{len(right)} of the {len(TRUE_GENUS)} whose truth is closed with its genus, "
         f"{small(min(near))} to {small(max(near))} of the diagonal from the true surface, where "
         f"the measure itself ends at {small(min(floor))} to {small(max(floor))}."
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,16 +74,29 @@ class Book:
         *,
         low: bool,
         near: float = 0.0,
+        rows: int | None = None,
     ) -> None:
-        """Notes ours against the best of the others; NaN is no figure."""
+        """Notes ours against the best of the others; NaN is no figure. Accuracies in percent, each
+        counted on so many ``rows``, are near each other within the 95 % interval of a difference.
+        """
         known = {name: value for name, value in others.items() if math.isfinite(value)}
         if not known or not math.isfinite(ours):
             return
         best = (min if low else max)(known, key=known.__getitem__)
+        if rows is not None:
+            near = math.hypot(half_width(ours, rows), half_width(known[best], rows))
         self.found.append(Comparison(what, ours, best, known[best], text, low, near))
 
     def of(self, verdict: str) -> list[Comparison]:
         return [one for one in self.found if one.verdict == verdict]
+
+
+def example(name: str) -> Any:
+    """A script of python_examples, which has figures of its own."""
+    folder = str(ROOT / "python_examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -143,6 +158,12 @@ def interval(share: float, rows: int) -> tuple[float, float]:
 
     found = binomtest(round(share * rows), rows).proportion_ci(0.95, method="wilson")
     return float(found.low), float(found.high)
+
+
+def half_width(value: float, rows: int) -> float:
+    """Half of the 95 % interval of an accuracy in percent."""
+    low, high = interval(value / 100, rows)
+    return 50 * (high - low)
 
 
 def with_interval(value: float, rows: int) -> str:
