@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from levelset_ext import ops
+from levelset_ext.compiled.mlp import in_transform
 from levelset_ext.field import Field, as_field, evaluate, full_precision
 from levelset_ext.result import LevelSetResult
 
@@ -48,8 +49,9 @@ def sample_network(
 
     Raises:
         RuntimeError: ``fn`` at these points has no graph although gradients are enabled, so that
-            p(theta) would silently be a constant; or a tensor of ``result`` or ``direction`` asks
-            for a gradient that this function does not give.
+            p(theta) would silently be a constant (not seen inside a transform of torch.func); or a
+            tensor of ``result`` or ``direction`` asks for a gradient that this function does not
+            give.
         ValueError: ``direction`` has another shape than the points, or l > 1; ``fn`` has another l
             than the result.
     """
@@ -105,7 +107,8 @@ def move_points(
             f"fn: expected the l = {result.values.shape[1]} outputs of result.values, "
             f"got {values.shape[1]}; was the result found with another network?"
         )
-    if torch.is_grad_enabled() and not values.requires_grad:
+    # Inside vmap a tensor does not tell of a graph that it has outside.
+    if torch.is_grad_enabled() and not values.requires_grad and not in_transform():
         raise RuntimeError(
             "fn: expected an output with a gradient with respect to parameters; got one without a "
             "graph (all parameters frozen, a detach inside?); use torch.no_grad() if that is meant"

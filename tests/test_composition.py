@@ -119,6 +119,24 @@ def test_an_ensemble_by_vmap(l):  # noqa: E741
         assert_all_close([v[k] for v in got.values()], gradients(net, expected))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("l", [1, 2])
+def test_an_ensemble_is_trained_through_vmap(l, frozen):  # noqa: E741
+    nets = [problems.mlp(l, seed=k) for k in range(3)]
+    r = ls.project(nets[0], problems.points(5))
+    theta, _ = torch.func.stack_module_state(nets)  # leaves, which require grad outside of vmap
+
+    def p(theta):
+        return ls.sample_network(lambda x: functional_call(nets[0], theta, (x,)), r, frozen=frozen)
+
+    points = torch.vmap(p)(theta)
+    got = torch.autograd.grad(points.sin().sum(), list(theta.values()))
+    for k, net in enumerate(nets):
+        expected = ls.sample_network(net, r, frozen=frozen)
+        torch.testing.assert_close(points[k], expected)
+        assert_all_close([v[k] for v in got], gradients(net, expected))
+
+
 def test_forward_mode_is_refused():
     net, r = problem()
     module = ls.SampleNetwork(net)
