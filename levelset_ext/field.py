@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -214,6 +216,18 @@ def check_points(name: str, x: Any) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
     return x
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """As an int what Python can index with, a number of NumPy too; a bool is none."""
+    number: int | None = None
+    if not isinstance(value, bool | np.bool_):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" >= {least}"
+        raise ValueError(f"{name}: expected an integer{bound}, got {value!r}")
+    return number
 
 
 def values_of(field: Field, x: Tensor) -> Tensor:

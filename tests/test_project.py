@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import problems
 import pytest
 import torch
@@ -413,6 +414,14 @@ def test_a_row_does_not_depend_on_the_batch_of_a_row_wise_field():
     assert same_bits(whole.points, parts.points)
     assert same_bits(whole.values, parts.values)
     assert torch.equal(whole.iterations, parts.iterations)
+
+
+def test_an_integer_of_numpy_is_one():
+    fn, x = problems.Sphere(), problems.points(4, 3)
+    a, b = (ls.project(fn, x, max_iters=kind(3)) for kind in (int, np.int64))
+    assert same_bits(a.points, b.points)
+    with pytest.raises(ValueError, match=r"^max_iters: expected an integer"):
+        ls.project(fn, x, max_iters=np.bool_(True))
 
 
 @pytest.mark.parametrize(

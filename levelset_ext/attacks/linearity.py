@@ -27,6 +27,7 @@ from levelset_ext.attacks.prepare import (
     per_row,
     random_start,
 )
+from levelset_ext.field import check_integer
 
 __all__ = ["LocalLinearity", "local_linearity"]
 
@@ -98,8 +99,7 @@ def local_linearity(
     """
     step = 2.5 * eps / max(steps, 1) if step is None else step
     y = check_batch(x, y, "linf", eps=eps, step=step, steps=steps, restarts=restarts)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise ValueError(f"steps: expected an integer, got {steps!r}")
+    steps = check_integer("steps", steps)
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if seed < 0:

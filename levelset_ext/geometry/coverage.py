@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from levelset_ext import ops
-from levelset_ext.field import Field, as_field
+from levelset_ext.field import Field, as_field, check_integer
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers.projection import project
 from levelset_ext.samplers.state import box_bounds
@@ -175,8 +175,7 @@ def sample_level_set(
     Raises:
         ValueError: an argument is not as described.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected an integer >= 1, got {n!r}")
+    n = check_integer("n", n, 1)
     if candidates < 2:
         raise ValueError(f"candidates: expected at least 2, got {candidates!r}")
     if rounds < 0:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field, as_field, check_points, jacobian_of
+from levelset_ext.field import Field, as_field, check_integer, check_points, jacobian_of
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers import project
 
@@ -267,8 +267,7 @@ def trace_curve(
         raise ValueError(f"min_step: expected a length in (0, step = {step:.6g}], got {min_step!r}")
     if not 0 < max_turn <= 1:
         raise ValueError(f"max_turn: expected an angle in (0, 1], got {max_turn!r}")
-    if isinstance(max_points, bool) or not isinstance(max_points, int) or max_points < 2:
-        raise ValueError(f"max_points: expected an integer >= 2, got {max_points!r}")
+    max_points = check_integer("max_points", max_points, 2)
     if tol is not None and not (tol > 0 and math.isfinite(tol)):
         raise ValueError(f"tol: expected a number > 0, got {tol!r}")
 

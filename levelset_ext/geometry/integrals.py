@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field
+from levelset_ext.field import Field, check_integer
 from levelset_ext.geometry.extract import _for_the_grid
 from levelset_ext.geometry.rays import RayCrossings, ray_crossings
 from levelset_ext.result import Status
@@ -173,8 +173,7 @@ def level_set_volume(
 def _prepare(
     fn: Field, bounds: tuple[Any, Any], dim: int, lines: int
 ) -> tuple[Field, Tensor, Tensor]:
-    if isinstance(lines, bool) or not isinstance(lines, int) or lines < 2:
-        raise ValueError(f"lines: expected an integer >= 2, got {lines!r}")
+    lines = check_integer("lines", lines, 2)
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"bounds: expected a pair (lower, upper), got {bounds!r}")
     field, device, dtype = _for_the_grid(fn)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from levelset_ext import ops
-from levelset_ext.field import Field, as_field, check_points, evaluate, values_of
+from levelset_ext.field import Field, as_field, check_integer, check_points, evaluate, values_of
 from levelset_ext.result import LevelSetResult, Status
 from levelset_ext.sample_network import move_points, no_samples
 from levelset_ext.samplers import false_position
@@ -126,7 +126,7 @@ def intersect_rays(
         RuntimeError: ``differentiable=True`` and F has no graph.
     """
     field = as_field(fn)
-    check_limits(max_iters, tol)
+    max_iters = check_limits(max_iters, tol)
     gradients = torch.is_grad_enabled()
     # Tensors made in inference mode could not enter the sample network afterwards.
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
@@ -175,7 +175,7 @@ def ray_crossings(
     Nothing here has a gradient. ``length_below`` is measured between the crossings found.
     """
     field = as_field(fn)
-    check_limits(max_iters, tol)
+    max_iters = check_limits(max_iters, tol)
     with torch.inference_mode(False), torch.no_grad():
         rays = _Rays(origins, directions, near, far, step, box, batch)
         brackets = _march(field, rays, level, lipschitz, every=True)
@@ -213,8 +213,7 @@ class _Rays:
             raise ValueError(
                 f"directions: expected (n, d) = ({n}, {d}) or ({d},), got {tuple(directions.shape)}"
             )
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: expected an integer >= 1, got {batch!r}")
+        batch = check_integer("batch", batch, 1)
         self.batch = batch
         self.origins = origins
         given = directions.detach().to(origins).expand(n, d)

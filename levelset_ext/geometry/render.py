@@ -13,7 +13,7 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field
+from levelset_ext.field import Field, check_integer
 from levelset_ext.geometry import canvas
 from levelset_ext.geometry.compare import TriangleMesh
 from levelset_ext.geometry.extract import _for_the_grid
@@ -168,8 +168,7 @@ def render(
     """
     if not isinstance(camera, Camera):
         raise TypeError(f"camera: expected a Camera, got {type(camera).__name__}")
-    if isinstance(supersample, bool) or not isinstance(supersample, int) or supersample < 1:
-        raise ValueError(f"supersample: expected an integer >= 1, got {supersample!r}")
+    supersample = check_integer("supersample", supersample, 1)
     outer = canvas.FRONT if color is None else _color("color", color)
     inner = canvas.BACK if inner_color is None else _color("inner_color", inner_color)
     try:

@@ -19,6 +19,7 @@ from levelset_ext.field import (
     Field,
     as_constant_field,
     as_field,
+    check_integer,
     check_points,
     jacobian_of,
     values_of,
@@ -139,9 +140,8 @@ def find_boundary(
     n = x.shape[0]
     if y.shape != (n,):
         raise ValueError(f"y: expected shape (n,) = ({n},), got {tuple(y.shape)}")
-    check_limits(max_iters, tol)
-    if isinstance(iters, bool) or not isinstance(iters, int) or iters < 0:
-        raise ValueError(f"iters: expected an integer >= 0, got {iters!r}")
+    max_iters = check_limits(max_iters, tol)
+    iters = check_integer("iters", iters, 0)
     if step_eps is not None and not (step_eps > 0 and math.isfinite(step_eps)):
         raise ValueError(f"step_eps: expected a length > 0, got {step_eps!r}")
     if box is not None and not box[0] <= box[1]:

@@ -125,7 +125,7 @@ class CapturedProjection(_Captured):
         max_step: float = math.inf,
         box: tuple[Any, Any] | None = None,
     ) -> None:
-        check_limits(max_iters, tol)
+        max_iters = check_limits(max_iters, tol)
         self._limits: dict[str, Any] = {"max_iters": max_iters, "tol": tol, "max_step": max_step}
         self._box = box
         super().__init__(fn, x)
@@ -178,7 +178,7 @@ class CapturedFalsePosition(_Captured):
         tol: float = 1e-5,
         variant: str = "anderson_bjorck",
     ) -> None:
-        check_limits(max_iters, tol)
+        max_iters = check_limits(max_iters, tol)
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
         self._limits: dict[str, Any] = {"max_iters": max_iters, "tol": tol, "variant": variant}

@@ -110,7 +110,7 @@ def search_segments(
     of the evaluation at the points found, and a row that they say is not within ``tol`` is
     ``STALLED``.
     """
-    check_limits(max_iters, tol)
+    max_iters = check_limits(max_iters, tol)
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     if end.shape != start.shape:

@@ -60,7 +60,7 @@ def project(
         TypeError, ValueError: an argument is not as described.
     """
     x = check_points("x", x)
-    check_limits(max_iters, tol)
+    max_iters = check_limits(max_iters, tol)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not max_step > 0:
@@ -102,7 +102,7 @@ def project_from(
 
     Not for users: a result that was found before an optimizer step looks as good as one of now.
     """
-    check_limits(max_iters, tol)
+    max_iters = check_limits(max_iters, tol)
     with torch.inference_mode(False), torch.no_grad(), full_precision(start.points):
         state = SamplerState(start.points, level, start)
         _newton(as_constant_field(fn), state, max_iters, tol, math.inf, (None, None))

@@ -7,16 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field, jacobian_of
+from levelset_ext.field import Field, check_integer, jacobian_of
 from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
 
 
-def check_limits(max_iters: int, tol: float) -> None:
-    if isinstance(max_iters, bool) or not isinstance(max_iters, int) or max_iters < 0:
-        raise ValueError(f"max_iters: expected an integer >= 0, got {max_iters!r}")
+def check_limits(max_iters: int, tol: float) -> int:
+    """Returns ``max_iters`` as an int, whatever integer it was."""
+    max_iters = check_integer("max_iters", max_iters, 0)
     if not (tol >= 0 and math.isfinite(tol)):
         raise ValueError(f"tol: expected a finite number >= 0, got {tol!r}")
+    return max_iters
 
 
 def box_bounds(box: tuple[object, object] | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
