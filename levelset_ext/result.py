@@ -71,6 +71,11 @@ class LevelSetResult:
         iterations: (n,) int32, updates each row took.
         tape: what a compiled field remembers of its last evaluation, or None; see
             :class:`~levelset_ext.networks.MLP`.
+
+    On disk it is its six tensors, in this order; the tape stays behind::
+
+        torch.save([r.points, r.values, r.jacobian, r.level, r.status, r.iterations], "r.pt")
+        r = LevelSetResult(*torch.load("r.pt"))
     """
 
     points: Tensor
@@ -115,7 +120,10 @@ class LevelSetResult:
 
     @staticmethod
     def cat(results: Sequence[LevelSetResult]) -> LevelSetResult:
-        """Rows of several results of the same network, one after the other."""
+        """Rows of several results of the same network, one after the other; of none there is no
+        shape, which is a ValueError."""
+        if not results:
+            raise ValueError("results: expected at least one LevelSetResult, got none")
         if len(results) == 1:
             return results[0]
         return LevelSetResult(

@@ -117,6 +117,22 @@ def test_cat_is_undone_by_slices():
         assert same_bits(getattr(both[2:], name), getattr(b, name))
 
 
+def test_cat_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"^results: expected at least one"):
+        ls.LevelSetResult.cat([])
+
+
+def test_the_way_to_disk_and_back_of_the_docstring(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"r": result(4), "torch": torch, "LevelSetResult": ls.LevelSetResult}
+    before = names["r"]
+    lines = ls.LevelSetResult.__doc__.split("::")[-1].strip().splitlines()
+    exec("\n".join(line.strip() for line in lines), names)
+    assert names["r"] is not before
+    for name in FIELDS:
+        assert same_bits(getattr(names["r"], name), getattr(before, name))
+
+
 def test_empty_results():
     r = result()[:0]
     assert len(r) == 0
