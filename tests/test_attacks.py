@@ -423,6 +423,15 @@ def test_alarm_of_saturated_cross_entropy() -> None:
     assert any("rests on cross entropy alone" in sentence for sentence in alone)
 
 
+def test_alarm_of_deepfool_alone() -> None:
+    network, x, y = trained()
+    for names, alarmed in (("deepfool", True), ("deepfool,pgd-margin", False)):
+        result = attacks.evaluate(network, x, y, names, eps=0.01, step=0.005, iters=4)
+        assert result.robust_accuracy > 0
+        told = attacks.alarms(result)
+        assert any("rests on DeepFool alone" in sentence for sentence in told) == alarmed
+
+
 class Rounded(nn.Module):
     """Says nearly the same as a network, and lies about its gradient."""
 

@@ -50,6 +50,12 @@ def alarms(evaluation: Evaluation, *, threshold: float = 0.01) -> list[str]:
             "The figure rests on cross entropy alone; PGD on the margin, the multi-targeted attack "
             "and AutoAttack are often much stronger."
         )
+    if kinds == {"deepfool"} and evaluation.robust_accuracy > 0:
+        found.append(
+            "The figure rests on DeepFool alone, which looks for a near boundary and not for the "
+            "worst image in the ball; PGD on the margin, the multi-targeted attack and AutoAttack "
+            "are often much stronger."
+        )
     return found
 
 
