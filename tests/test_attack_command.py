@@ -325,6 +325,22 @@ def test_a_network_of_other_images_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_a_factory_without_weights_is_noted(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw_network.py").write_text(
+        "from levelset_ext.networks import build\n"
+        "def make(): return build('convnet-2a', 10, (1, 8, 8))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("convnet-2a", 10, (1, 8, 8)).state_dict(), "w.pt")
+    words = ["attack", "--data", data, "--model", "raw_network:make", "--attack", "pgd-xent-1"]
+    note = "note: --model without --weights: attacks the network as raw_network:make returns it\n"
+    for more, noted in (([], True), (["--weights", "w.pt"], False)):
+        assert main([*words, *more]) == 0
+        assert (note in capsys.readouterr().err) == noted
+
+
 def test_a_folder_of_another_kind_stays(
     checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

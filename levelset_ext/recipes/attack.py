@@ -585,6 +585,8 @@ def _attack_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device
             raise InputError(f"merge-labels: expected 1 to {data.classes}, got {args.merge_labels}")
         merged = merge_labels(data.labels, args.merge_labels, original=data.classes)
         data = replace(data, labels=merged, classes=args.merge_labels)
+    if args.model is not None and args.weights is None and ranks.main:
+        say(f"note: --model without --weights: attacks the network as {args.model} returns it")
     options = getattr(model, "config", {}).get("options", {})
     config = AttackConfig(
         attack=args.attack,
