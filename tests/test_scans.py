@@ -158,6 +158,11 @@ def _bad_files() -> dict[str, tuple[bytes, str]]:
         "empty.ply": (b"", "empty \\(0 bytes\\)"),
         "prose.ply": (prose, "not a PLY file"),
         "prose.xyz": (prose, "line 1: expected at least 3 numbers"),
+        "header.xyz": (
+            b"x y z\n" + text_body(CLOUD),
+            "line 1: expected at least 3 numbers, got .x y z. \\(a header line",
+        ),
+        "commas.xyz": (b"1,5 2,5 3,5\n", "got commas in '1,5 2,5 3,5'"),
         "prose.txt": (prose, "line 1"),
         "prose.obj": (prose, "no vertex lines"),
         "prose.off": (prose, "not an OFF file"),

@@ -122,7 +122,12 @@ def _read_text(file: Path) -> np.ndarray:
             promised = int(fields[0])
             continue
         width = width or max(2, min(3, len(fields)))
-        rows.append(numbers(file, number, line, width))
+        try:
+            rows.append(numbers(file, number, line, width))
+        except InputError as error:
+            if rows or line.lower() == line.upper():  # a header has letters
+                raise
+            raise InputError(f"{error} (a header line? begin it with #)") from None
     if len(rows) < promised:
         raise InputError(f"{file}: truncated: expected {promised} points, got {len(rows)}")
     return np.array(rows).reshape(-1, width or 3)
