@@ -49,7 +49,15 @@ def _reconstruct(args: argparse.Namespace) -> None:
         check_apart("scan", args.scan, Path(args.out), RESULTS)
     levels = None if args.levels is None else _numbers("levels", args.levels)
     lam = None if args.lam is None else (args.lam[0], args.lam[1])
-    config = preset(args.preset, args.steps, args.seed, levels=levels, p=args.p, lam=lam)
+    config = preset(
+        args.preset,
+        args.steps,
+        args.seed,
+        levels=levels,
+        p=args.p,
+        lam=lam,
+        resolution=args.resolution,
+    )
     observers = chosen_observers(args)  # before a large file is read
     with launched(args.device) as (ranks, device), observers:
         metrics = reconstruct(
@@ -199,6 +207,12 @@ def _parser() -> _Parser:
     )
     one.add_argument("--steps", type=int, help="training steps; the schedules stretch to them")
     one.add_argument("--seed", type=int, default=0, help="of every random choice; 0 if left out")
+    one.add_argument(
+        "--resolution",
+        type=int,
+        metavar="N",
+        help="cells of the mesh along the longest side; that of the preset if left out",
+    )
     one.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     one.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     add_observer_options(one, viewer=True)

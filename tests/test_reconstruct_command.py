@@ -94,6 +94,7 @@ def bad_inputs(folder: Path) -> dict[str, list[str]]:
         "negative seed": [str(good), "--seed", "-1"],
         "huge seed": [str(good), "--seed", str(10**23)],
         "steps no number": [str(good), "--steps", "many"],
+        "no resolution": [str(good), "--resolution", "0"],
     }
 
 
@@ -129,6 +130,7 @@ KINDS = (
     "negative seed",
     "huge seed",
     "steps no number",
+    "no resolution",
 )
 
 

@@ -173,9 +173,11 @@ def preset(
     levels: tuple[float, ...] | None = None,
     p: float | None = None,
     lam: tuple[float, float] | None = None,
+    resolution: int | None = None,
 ) -> ReconstructConfig:
-    """A preset with another number of steps, its schedules stretched to it, a seed, and settings of
-    Eq. 13: levels to project to (normalised units), exponent, first and last lambda."""
+    """A preset with another number of steps, its schedules stretched to it, a seed, settings of
+    Eq. 13: levels to project to (normalised units), exponent, first and last lambda; and cells of
+    the mesh along the longest side."""
     if name not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     if not 0 <= seed < 2**63:
@@ -201,6 +203,10 @@ def preset(
         if not (min(lam) >= 0 and max(lam) < math.inf):
             raise InputError(f"lam: expected two finite numbers >= 0, got {lam}")
         values["lam_first"], values["lam_last"] = lam
+    if resolution is not None:
+        if resolution < 1:
+            raise InputError(f"resolution: expected at least 1, got {resolution}")
+        values["resolution"] = resolution
     return config_from(values)
 
 
