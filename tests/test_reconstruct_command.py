@@ -360,6 +360,39 @@ def test_settings_of_the_loss_reach_it() -> None:
     assert training.advance().levels.shape == (3,)
 
 
+def test_resolution_reaches_the_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def seen(cloud: object, out: Path, config: recipe.ReconstructConfig, **_: object) -> None:
+        raise Seen(config.resolution)
+
+    monkeypatch.setattr(recipe, "load_cloud", lambda *_: small_cloud())
+    monkeypatch.setattr(recipe, "reconstruct", seen)
+    with pytest.raises(Seen, match="77"):
+        main(["reconstruct", "--out", str(tmp_path), "--resolution", "77"])
+    assert recipe.preset("fast").resolution == 256
+
+
+@pytest.mark.parametrize("size", [200, 2000])
+def test_outliers_are_told_and_stay(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Training(Exception):
+        pass
+
+    def train(make: object, points: np.ndarray, *rest: object) -> None:
+        raise Training(len(points))
+
+    monkeypatch.setattr(recipe, "train_in_folder", train)
+    points, said = small_cloud().points[:size], []
+    for cloud in (points, np.vstack([points, [[150.0, 0.0, 0.0]]])):
+        with pytest.raises(Training, match=str(len(cloud))):
+            recipe.reconstruct(recipe.Cloud(cloud, "a"), tmp_path, SMALL, say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"note: 1 of {size + 1} points lie far from the others")
+
+
 def test_every_preset_survives_its_config_file(tmp_path: Path) -> None:
     for name in recipe.PRESETS:
         config = recipe.preset(name)

@@ -585,6 +585,8 @@ def reconstruct(
     if finished is not None:
         return finished
 
+    if (note := outlier_note(cloud.points)) is not None:
+        say(note)
     watch = watching(observers, say, ranks)
     run = train_in_folder(
         Training, cloud.points, out, config, KIND, device, resume, say, watch, ranks
@@ -608,6 +610,25 @@ def reconstruct(
         return metrics
 
     return ranks.first(write)
+
+
+def outlier_note(points: np.ndarray) -> str | None:
+    """What to say of points (N, d) of which a few make the box much larger than the others, or
+    None. The network sees the box at one size, and so the object the smaller the larger it is."""
+    low = np.quantile(points, 0.001, axis=0, method="higher")
+    high = np.quantile(points, 0.999, axis=0, method="lower")
+    if not np.linalg.norm(np.ptp(points, axis=0)) > 2 * np.linalg.norm(high - low):
+        return None
+    # Twice as large, as 0.2 % of any cloud lie outside of the inner box itself.
+    low, high = low - (high - low) / 2, high + (high - low) / 2
+    count = int(((points < low) | (points > high)).any(1).sum())
+    corners = " to ".join(
+        "(" + ", ".join(f"{c:.4g}" for c in corner) + ")" for corner in (low, high)
+    )
+    return (
+        f"note: {count} of {len(points)} points lie far from the others, and make the object small "
+        f"in its box; remove outliers first, such as all points outside of {corners}"
+    )
 
 
 WATCHED = ("history.csv", "history.png", TENSORBOARD_FOLDER)  # what watching leaves in a folder
