@@ -19,6 +19,7 @@ from levelset_ext.bench import add_bench_command
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.attack import add_attack_command
 from levelset_ext.recipes.devices import parse_device
+from levelset_ext.recipes.files import prepare_folder
 from levelset_ext.recipes.observers import add_observer_options, chosen_observers
 from levelset_ext.recipes.progress import say
 from levelset_ext.recipes.ranks import launched, rank_of_launch, restarted, started
@@ -158,6 +159,8 @@ def _trim(args: argparse.Namespace) -> None:
         if not diagonal > 0:
             raise InputError(f"{args.scan}: expected points in different places, got one place")
         length = share * diagonal
+    if not out.parent.is_dir():
+        prepare_folder(out.parent)
     try:
         left = trim_mesh(mesh, points, length, args.smallest or 0.0)
     except ValueError as error:

@@ -174,6 +174,14 @@ def test_bad_commands(
     assert not out.exists()
 
 
+def test_the_folder_is_made(files: tuple[str, str, Path]) -> None:
+    mesh, _, out = files
+    inner = out.parent / "new" / "inner" / "open.ply"
+    assert main(["trim", mesh, "--smallest", "0.001", "--out", str(inner)]) == 0
+    assert inner.is_file()
+    assert main(["trim", mesh, "--smallest", "0.001", "--out", str(inner / "open.ply")]) == 2
+
+
 @pytest.mark.parametrize("name", ["open.obj", "open", ".", "scan.ply"])
 def test_bad_places_to_write(
     files: tuple[str, str, Path], capsys: pytest.CaptureFixture[str], name: str
