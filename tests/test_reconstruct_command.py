@@ -390,7 +390,7 @@ def test_outliers_are_told_and_stay(
         with pytest.raises(Training, match=str(len(cloud))):
             recipe.reconstruct(recipe.Cloud(cloud, "a"), tmp_path, SMALL, say=said.append)
     assert len(said) == 1
-    assert said[0].startswith(f"note: 1 of {size + 1} points lie far from the others")
+    assert f"made large by 1 of {size + 1} points; remove outliers" in said[0]
 
 
 def test_every_preset_survives_its_config_file(tmp_path: Path) -> None:

@@ -626,8 +626,8 @@ def outlier_note(points: np.ndarray) -> str | None:
         "(" + ", ".join(f"{c:.4g}" for c in corner) + ")" for corner in (low, high)
     )
     return (
-        f"note: {count} of {len(points)} points lie far from the others, and make the object small "
-        f"in its box; remove outliers first, such as all points outside of {corners}"
+        f"note: the object is small in its box, which is made large by {count} of {len(points)} "
+        f"points; remove outliers first, such as all points outside of {corners}"
     )
 
 
