@@ -24,11 +24,13 @@ import sys
 import time
 
 import torch
+from _command import at_least_one, command
 from torch import Tensor, nn
 from torch.nn import functional
 
 from levelset_ext import attacks
 from levelset_ext.networks import build
+from levelset_ext.recipes.devices import parse_device
 
 ITERS, TARGET = 40, 1.1
 
@@ -72,9 +74,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    at_least_one(args, "rows", "batch", "repeats", "threads")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = torch.device(args.device)
+    device = parse_device(args.device)
     network = build("convnet-4a").to(device).eval()
     x = torch.rand(args.rows, 1, 28, 28).to(device)
     last = network.classifier[-1]
@@ -152,4 +155,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

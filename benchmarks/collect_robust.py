@@ -14,7 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from _command import check_writable, command
+
 from levelset_ext import build_info
+from levelset_ext.errors import InputError
+from levelset_ext.recipes.files import read_json
 
 TRAINING = (
     "clean_accuracy", "epochs", "last_epoch", "peak_memory_gb", "skipped_steps", "steps",
@@ -30,12 +34,12 @@ HISTORY = (
 
 
 def read(file: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    content = json.loads(file.read_text())
+    content = read_json(file)
     return {name: content[name] for name in names if name in content}
 
 
 def one(folder: Path, name: str, strongly: bool) -> dict[str, Any]:
-    settings = json.loads((folder / name / "config.json").read_text())["settings"]
+    settings = read_json(folder / name / "config.json")["settings"]
     strong = folder / f"{name}-autoattack" / "metrics.json"
     return {
         "objective": settings["objective"],
@@ -49,9 +53,15 @@ def one(folder: Path, name: str, strongly: bool) -> dict[str, Any]:
 def history(folder: Path, names: list[str]) -> list[dict[str, str]]:
     rows = []
     for name in names:
-        with (folder / name / "history.csv").open(newline="") as stream:
-            found = list(csv.DictReader(stream))
-        if "crossed" not in found[0]:  # no search for boundary points
+        file = folder / name / "history.csv"
+        try:
+            with file.open(newline="") as stream:
+                found = list(csv.DictReader(stream))
+        except OSError as error:
+            raise InputError(
+                f"{file}: expected the history of a training ({error.strerror})"
+            ) from None
+        if not found or "crossed" not in found[0]:  # no search for boundary points
             continue
         for row in found:
             values = {key: row[key] or "nan" for key in HISTORY}
@@ -68,6 +78,8 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path, metavar="FILE")
     parser.add_argument("--history", required=True, type=Path, metavar="FILE")
     args = parser.parse_args()
+    for name in ("json", "history"):
+        check_writable(name, getattr(args, name))
     result = {
         "build": build_info(),
         "runs": {
@@ -75,8 +87,8 @@ def main() -> None:
         },
         "what": "levelset-ext train, preset fast, then levelset-ext attack",
     }
-    args.json.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     rows = history(args.folder, args.names)
+    args.json.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     with args.history.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]) if rows else ["run"], lineterminator="\n")
         writer.writeheader()
@@ -84,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command(main))

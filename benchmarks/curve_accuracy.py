@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _command import at_least_one, check_writable, command
 
 from levelset_ext.data.curves import synthetic_curve
 from levelset_ext.recipes.curve import CurvePoints, curve_preset, reconstruct_curve
@@ -48,6 +49,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="JSON")
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
+    at_least_one(args, "seeds")
+    check_writable("out", args.out)
     cases = [(seed, 0.01, 0.0) for seed in range(args.seeds)]
     for seed in range(min(3, args.seeds)):
         cases += [(seed, 0.05, 0.0), (seed, 0.1, 0.0), (seed, 0.01, 1 / 6), (seed, 0.01, 1 / 4)]
@@ -72,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command(main))

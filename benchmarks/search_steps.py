@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _command import at_least_one, check_writable, command
 from torch import Tensor, nn
 
 import levelset_ext as ls
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
+    at_least_one(args, "seeds")
+    if args.out is not None:
+        check_writable("out", args.out)
     test = load_images(args.data, "test", args.rows)
     x, y = test.images, test.labels.long()
     networks: dict[str, Any] = {}
@@ -100,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command(main))

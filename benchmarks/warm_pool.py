@@ -29,10 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 import trimesh
+from _command import at_least_one, check_writable, command
 from torch import Tensor
 
 from levelset_ext.data.meshes import read_mesh
 from levelset_ext.data.scans import Normalization, synthetic_scan
+from levelset_ext.errors import InputError
 from levelset_ext.geometry.compare import compare_meshes
 from levelset_ext.geometry.extract import extract_mesh
 from levelset_ext.recipes.files import write_json
@@ -107,8 +109,14 @@ def main() -> None:
     parser.add_argument("--cases", default="fast,paper")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    at_least_one(args, "steps", "paper_steps", "seeds")
+    chosen, known = args.cases.split(","), list(cases(1, 0))
+    if strange := [name for name in chosen if name not in known]:
+        raise InputError(f"cases: expected some of {', '.join(known)}, got {strange[0]!r}")
+    if args.json is not None:
+        check_writable("json", args.json)
     if (args.scan is None) != (args.truth is None):
-        parser.error("expected SCAN and TRUTH, or neither")
+        raise InputError(f"scan, truth: expected both or neither, got {args.scan} alone")
     torch.set_num_threads(1)
     if args.scan is None:
         made = synthetic_scan(60_000)
@@ -120,7 +128,7 @@ def main() -> None:
     surface = trimesh.Trimesh(normal.to_unit(truth.vertices), truth.faces, process=False)
 
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for case in args.cases.split(","):
+    for case in chosen:
         for seed in range(args.seeds):
             steps = args.paper_steps if case == "paper" and args.paper_steps else args.steps
             config = cases(steps, seed)[case]
@@ -143,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command(main))

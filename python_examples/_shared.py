@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
+from levelset_ext.data.images import Images
 from levelset_ext.errors import InputError
 from levelset_ext.margin import margin
+from levelset_ext.networks import build
 from levelset_ext.recipes.files import (
     load_checkpoint,
     plain,
@@ -27,7 +29,7 @@ from levelset_ext.recipes.files import (
     write_json,
 )
 from levelset_ext.recipes.progress import Progress, say
-from levelset_ext.recipes.run_folder import check_own_files
+from levelset_ext.recipes.run_folder import check_own_files, digest
 from levelset_ext.whole_files import write_whole
 
 BLUE, RED, ORANGE, GREEN, GREY = "#2f6db3", "#c8423b", "#e08a1e", "#3b8f5a", "#8a8f98"
@@ -94,6 +96,35 @@ class Run:
         return state
 
 
+def network_digest(network: torch.nn.Module) -> str:
+    """The weights of a network, for the settings of a :class:`Run`: a path may hold others later."""
+    return digest(*network.state_dict().values())
+
+
+def images_digest(*images: Images) -> str:
+    """Images with their labels, for the settings of a :class:`Run`."""
+    return digest(*(tensor for some in images for tensor in (some.images, some.labels)))
+
+
+def check_network(name: str, classes: int, images: Images) -> None:
+    """Says in one line why ``networks.build`` has no such network for these images."""
+    channels, height, width = images.images.shape[1:]
+    try:
+        with torch.device("meta"):  # no weights are made
+            build(name, classes, (channels, height, width))
+    except ValueError as error:
+        raise InputError(f"network: {error}") from None
+
+
+class _Seed(argparse.Action):
+    """Refuses what no generator of random numbers takes; argparse would print its usage as well."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if values < 0:
+            raise InputError(f"seed: expected a number >= 0, got {values}")
+        setattr(namespace, self.dest, values)
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all experiments have."""
     parser = argparse.ArgumentParser(
@@ -102,7 +133,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results")
     parser.add_argument("--quick", action="store_true", help="a small setting, about a minute")
     parser.add_argument("--resume", action="store_true", help="keep the units that are in DIR")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--seed", type=int, action=_Seed, default=0, help="of every random choice")
     return parser
 
 

@@ -25,7 +25,7 @@ from levelset_ext import ops
 from levelset_ext.errors import InputError
 from levelset_ext.geometry import extract_mesh
 from levelset_ext.networks import ImplicitMLP
-from levelset_ext.recipes.files import prepare_folder, save_checkpoint, write_json
+from levelset_ext.recipes.files import prepare_folder, read_json, save_checkpoint, write_json
 from levelset_ext.recipes.reconstruct import KIND, Cloud, Training, preset
 
 MARGIN = 0.25  # of the box around the cloud that implicit surfaces are looked for in
@@ -77,6 +77,20 @@ def cosine_rate(first: float, share: float, warmup: float = 0.0) -> float:
 
 
 # --- this project ---
+
+
+def run_header(folder: Path) -> dict[str, Any]:
+    """The kind, cloud, digest and settings in a folder of ``levelset-ext reconstruct``."""
+    header = read_json(folder / "config.json")
+    if not isinstance(header, dict) or header.get("kind") != KIND:
+        raise InputError(f"{folder}: expected a folder of levelset-ext reconstruct, got another")
+    return header
+
+
+def check_cloud(folder: Path, header: dict[str, Any], cloud: Cloud) -> None:
+    """Says in one line that the run in a folder is not of this cloud."""
+    if header["digest"] != cloud.digest:
+        raise InputError(f"scan: expected the cloud of {folder}, got another ({cloud.name})")
 
 
 def ours(

@@ -50,7 +50,16 @@ from _robustness import (
     standing,
     train_network,
 )
-from _shared import Run, arguments, command, pyplot, save_picture, write_table
+from _shared import (
+    Run,
+    arguments,
+    command,
+    images_digest,
+    network_digest,
+    pyplot,
+    save_picture,
+    write_table,
+)
 from torch import Tensor
 
 import levelset_ext as ls
@@ -58,7 +67,6 @@ from levelset_ext.data.images import Images, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.progress import say
-from levelset_ext.recipes.run_folder import digest
 
 EPS = {
     "mnist": "0,0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.6,0.8",
@@ -267,8 +275,6 @@ def work(argv: Sequence[str] | None) -> None:
     }
     changes = {name: value for name, value in given.items() if value is not None}
     setting = replace(QUICK if args.quick else Setting(), seed=args.seed, **changes)
-    if setting.seed < 0:
-        raise InputError(f"seed: expected a number >= 0, got {setting.seed}")
     if args.data is not None and not args.checkpoints:
         raise InputError("checkpoints: expected one or more with --data, got none")
     test = load_images(args.data, "test", setting.rows)
@@ -287,8 +293,8 @@ def work(argv: Sequence[str] | None) -> None:
         **asdict(setting),
         "attack": asdict(attack),
         "eps_values": eps_values,
-        "data": digest(test.images, test.labels),
-        "networks": [digest(*network.module.state_dict().values()) for network in networks],
+        "data": images_digest(test),
+        "networks": [network_digest(network.module) for network in networks],
     }
     count = len(networks) or 2
     units = count * (len(step_counts) + len(eps_values) + 1)

@@ -4,9 +4,10 @@
 
 SCANS is a folder of point clouds NAME.ply with their surfaces in SCANS/truth/NAME.ply, and
 RUNS/NAME a finished ``levelset-ext reconstruct`` of each (what is not there is trained, with the
-preset "fast"). Three places of every scan are found by the truth alone: the two thinnest, by the
-lengths of rays from the surface through the inside, and the one with most creases, by the angles
-between faces. None is nearer to another than four radii; a radius is 5 % of the diagonal.
+preset "fast"). A run of another cloud is refused; without --runs, in DIR/runs, also one of other
+settings. Three places of every scan are found by the truth alone: the two thinnest, by the lengths
+of rays from the surface through the inside, and the one with most creases, by the angles between
+faces. None is nearer to another than four radii; a radius is 5 % of the diagonal.
 
 DIR/close_ups.json   distances to and from the truth within each place, / diagonal of the scan
 DIR/close_ups.png    a row per scan; orange: the inner side
@@ -35,7 +36,7 @@ from levelset_ext.geometry import canvas
 from levelset_ext.geometry.compare import TriangleMesh
 from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import say
-from levelset_ext.recipes.reconstruct import preset, reconstruct
+from levelset_ext.recipes.reconstruct import ReconstructConfig, preset, reconstruct
 
 RADIUS = 0.05  # of a place, in diagonals
 APART = 4.0  # places, in radii
@@ -121,10 +122,14 @@ def distances(mesh: TriangleMesh, truth: TriangleMesh, place: Place, seed: int) 
     return found
 
 
-def ours(scan: Scan, run: Path, steps: int | None, seed: int) -> trimesh.Trimesh:
-    """The mesh of a run, in the unit box of the scan; the run is made if it is not there."""
-    if not (run / "metrics.json").exists():
-        reconstruct(scan.raw, run, preset("fast", steps, seed), resume=True, say=say)
+def ours(scan: Scan, run: Path, config: ReconstructConfig, own: bool) -> trimesh.Trimesh:
+    """The mesh of a run, in the unit box of the scan; the run is made if it is not there.
+
+    A finished run has to be of this cloud; one of our ``own``, of these settings as well.
+    """
+    if own or not (run / "metrics.json").exists():
+        reconstruct(scan.raw, run, config, resume=True, say=say)
+    _surfaces.check_cloud(run, _surfaces.run_header(run), scan.raw)
     mesh = read_mesh(run / "mesh.ply")
     normal = Normalization.fit(scan.raw.points)
     return trimesh.Trimesh(normal.to_unit(mesh.vertices), mesh.faces, process=False)
@@ -150,9 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scans", type=words, default=[], metavar="A,B", help="only these")
     parser.add_argument("--steps", type=int, help="of what has to be trained; as the preset has")
     args = parser.parse_args(argv)
-    _surfaces.pymeshlab()
     steps, depth = (args.steps or 60, 6) if args.quick else (args.steps, 8)
     scans = read_scans(args.data, args.scans, args.quick, args.seed)
+    _surfaces.pymeshlab()
+    runs, config = args.runs or args.out / "runs", preset("fast", steps, args.seed)
     settings = {"seed": args.seed, "steps": steps, "depth": depth}
     run = Run(args.out, "close-ups", settings, len(scans), args.resume)
     rows: list[np.ndarray] = []
@@ -161,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         made = run.unit(f"{scan.name}-{scan.raw.digest[:8]}-poisson", partial(poisson, scan, depth))
         meshes = {
             "truth": scan.truth,
-            "ours": ours(scan, (args.runs or args.out / "runs") / scan.name, steps, args.seed),
+            "ours": ours(scan, runs / scan.name, config, args.runs is None),
             "screened Poisson": trimesh.Trimesh(made["vertices"], made["faces"], process=False),
         }
         found[scan.name] = []

@@ -46,6 +46,8 @@ from _shared import (
     arguments,
     class_margin,
     command,
+    images_digest,
+    network_digest,
     pyplot,
     quantiles,
     save_picture,
@@ -61,7 +63,6 @@ from levelset_ext.recipes.classifiers import load_classifier
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import load_checkpoint, plain, read_json, save_checkpoint
 from levelset_ext.recipes.progress import say
-from levelset_ext.recipes.run_folder import digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.training import Training, accuracy, plain_config
 
@@ -286,19 +287,27 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def newton_at_the_end(
-    folder: Path, data: Images, setting: Setting, device: Any
-) -> dict[str, Any] | None:
-    """Newton steps on the network of a run, if its images are those at hand."""
-    name = folder.resolve().name
+def network_of(folder: Path, data: Images, device: Any) -> nn.Module | None:
+    """The network of a run, if its images are those at hand."""
     config = folder / "config.json"
     trained_on = read_json(config).get("data_name") if config.exists() else None
     if trained_on != data.name:
         say(f"{folder}: trained on {trained_on}, got images {data.name}; no Newton steps on it")
         return None
-    network = load_classifier(folder / "checkpoint.pt", device)
+    return load_classifier(folder / "checkpoint.pt", device)
+
+
+def newton_at_the_end(
+    folder: Path, network: nn.Module | None, data: Images, setting: Setting
+) -> dict[str, Any] | None:
+    """Newton steps on the network of a run."""
+    if network is None:
+        return None
     try:
-        return {"run": name, **newton_share(network, data, setting.iters, setting.tol)}
+        return {
+            "run": folder.resolve().name,
+            **newton_share(network, data, setting.iters, setting.tol),
+        }
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from None
 
@@ -367,8 +376,6 @@ def work(argv: Sequence[str] | None) -> None:
         raise InputError(f"records: expected at least 2, got {setting.records}")
     if not 0 < setting.tol < math.inf:
         raise InputError(f"tol: expected a number > 0, got {setting.tol}")
-    if setting.seed < 0:
-        raise InputError(f"seed: expected a number >= 0, got {setting.seed}")
     test = load_images(args.data, "test")
     some = load_images(args.data, "test", setting.rows)
     if args.runs:
@@ -395,7 +402,7 @@ def work(argv: Sequence[str] | None) -> None:
     settings = {
         **asdict(setting),
         "training": plain(plain_config(config)),
-        "data": [digest(images.images, images.labels) for images in (data, some)],
+        "data": [images_digest(images) for images in (data, some)],
     }
     run = Run(args.out, "convergence", settings, training.steps, args.resume)
     records = train_and_look(run, training, test, some, setting, at)
@@ -410,18 +417,20 @@ def merged(images: Images, classes: int) -> Images:
 
 def show_runs(args: Any, setting: Setting, some: Images, device: Any) -> None:
     histories = [read_history(folder) for folder in args.runs]
+    networks = [network_of(folder, some, device) for folder in args.runs]
     settings = {
         "iters": setting.iters,
         "tol": setting.tol,
-        "runs": [str(folder) for folder in args.runs],
-        "data": digest(some.images, some.labels),
+        "runs": [folder.resolve().name for folder in args.runs],
+        "networks": [None if one is None else network_digest(one) for one in networks],
+        "data": images_digest(some),
     }
     run = Run(args.out, "convergence of runs", settings, len(args.runs), args.resume)
     newton = []
-    for number, folder in enumerate(args.runs):
+    for number, (folder, network) in enumerate(zip(args.runs, networks, strict=True)):
 
-        def measure(folder: Path = folder) -> dict[str, Any]:
-            return {"newton": newton_at_the_end(folder, some, setting, device)}
+        def measure(folder: Path = folder, network: nn.Module | None = network) -> dict[str, Any]:
+            return {"newton": newton_at_the_end(folder, network, some, setting)}
 
         newton.append(run.unit(f"{number}", measure)["newton"])
     write_table(args.out / "history.csv", [row for rows in histories for row in rows])

@@ -19,6 +19,7 @@ quantiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,8 +33,11 @@ from _shared import (
     RED,
     Run,
     arguments,
+    check_network,
     class_margin,
     command,
+    images_digest,
+    network_digest,
     pyplot,
     quantiles,
     save_picture,
@@ -144,31 +148,36 @@ def work(argv: Sequence[str] | None) -> None:
         raise InputError(f"norm: expected one of {', '.join(ORDERS)}, got {setting.norm!r}")
     if setting.steps < 1:
         raise InputError(f"steps: expected at least 1, got {setting.steps}")
+    if not 0 < setting.eps < math.inf:
+        raise InputError(f"eps: expected a number > 0, got {setting.eps}")
     test = load_images(args.data, "test", setting.rows)
-    files = [str(file) for file in args.checkpoints]
-    settings = {**asdict(setting), "data": args.data, "checkpoints": files}
-    run = Run(args.out, "distances", settings, len(files) or 2, args.resume)
-
-    networks: dict[str, Any] = {}
-    if files:
-        for file in args.checkpoints:
-            name = file.parent.name or file.stem
-            networks[name if name not in networks else str(file)] = file
-    else:
+    networks: dict[str, nn.Module | None] = {}
+    for file in args.checkpoints:
+        name = file.parent.name or file.stem
+        networks[name if name not in networks else str(file)] = load_classifier(file)
+    files = dict(zip(networks, args.checkpoints, strict=False))
+    used, trained_on = [test], None
+    if not networks:
+        check_network(setting.network, test.classes, test)
         networks = dict.fromkeys(("cross-entropy", "robust"))
-    found = {}
-    for number, (name, file) in enumerate(networks.items()):
+        trained_on = load_images(args.data, "train", setting.train_rows)
+        used.append(trained_on)
+    given = [network_digest(network) for network in networks.values() if network is not None]
+    settings = {**asdict(setting), "data": images_digest(*used), "checkpoints": given}
+    run = Run(args.out, "distances", settings, len(networks), args.resume)
 
-        def compute(name: str = name, file: Path | None = file) -> dict[str, Any]:
-            if file is None:
-                network = train(name, load_images(args.data, "train", setting.train_rows), setting)
+    found = {}
+    for number, (name, one) in enumerate(networks.items()):
+
+        def compute(name: str = name, network: nn.Module | None = one) -> dict[str, Any]:
+            if network is None:
+                assert trained_on is not None
+                network = train(name, trained_on, setting)
                 save_classifier(args.out / f"{name}.pt", network)
-            else:
-                network = load_classifier(file)
             try:
                 signed, converged = distances(network, test, setting.norm)
             except ValueError as error:  # images of another size, another number of classes
-                raise InputError(f"{file or name}: {error}") from None
+                raise InputError(f"{files.get(name, name)}: {error}") from None
             return {"signed": signed, "converged": converged}
 
         unit = run.unit(f"{number}", compute)

@@ -46,7 +46,9 @@ from _shared import (
     RED,
     Run,
     arguments,
+    check_network,
     command,
+    images_digest,
     interval,
     pyplot,
     save_picture,
@@ -232,6 +234,9 @@ def work(argv: Sequence[str] | None) -> None:
     candidates = 4 if args.candidates is None else args.candidates
     if args.quick and args.candidates is None:
         candidates = 1
+    most = len(setting.svm)
+    if not 1 <= candidates <= most:
+        raise InputError(f"candidates: expected 1 to {most}, got {candidates}")
     changes["svm"], changes["plain"] = setting.svm[:candidates], setting.plain[:candidates]
     if args.rates is not None:
         rates = numbers("rates", args.rates, float, 1e-6, 1e3)
@@ -240,23 +245,37 @@ def work(argv: Sequence[str] | None) -> None:
     if unknown := [name for name in methods if name not in COLORS]:
         raise InputError(f"methods: expected some of {', '.join(COLORS)}, got {unknown[0]!r}")
     setting = replace(setting, **changes)
-    counts = [setting.seeds, setting.epochs, setting.test_rows, candidates]
-    if min(*counts, 1 if setting.most_steps is None else setting.most_steps) < 1:
-        raise InputError("seeds, epochs, most-steps, test-rows, candidates: expected at least 1")
+    for name in ("seeds", "epochs", "most_steps", "test_rows"):
+        count = getattr(setting, name)
+        if count is not None and count < 1:
+            raise InputError(f"{name.replace('_', '-')}: expected at least 1, got {count}")
+    if setting.trial_seeds < 0:
+        raise InputError(f"trial-seeds: expected at least 0, got {setting.trial_seeds}")
     if not 0 <= setting.warm < 1:
         raise InputError(f"warm: expected 0 <= share < 1, got {setting.warm}")
     if not all(0 < share < 1 for share in setting.fractions):
         raise InputError(f"fractions: expected 0 < fraction < 1, got {args.fractions}")
 
-    parts = []
-    for name, limit in (("train", None), ("test", setting.test_rows)):
-        images = load_images(args.data, name, limit)
-        labels = merge_labels(images.labels, 2)
-        parts.append(Rows(images.images.to(device), labels.to(device)))
-    train_all, test = parts
+    splits = (("train", None), ("test", setting.test_rows))
+    used = [load_images(args.data, name, limit) for name, limit in splits]
+    check_network(setting.network, 1, used[0])
+    train_all, test = (
+        Rows(images.images.to(device), merge_labels(images.labels, 2).to(device)) for images in used
+    )
     pairs_of = {m: setting.svm if m == "geometric-svm" else setting.plain for m in methods}
     trials = {m: setting.trial_seeds if len(pairs_of[m]) > 1 else 0 for m in methods}
-    settings = {**asdict(setting), "data": args.data, "seed": args.seed, "methods": methods}
+    for share in setting.fractions if any(trials.values()) else ():
+        if len(split(train_all, share, args.seed, setting)[1].y) == 0:
+            raise InputError(
+                "fractions: expected some training images outside, to judge the candidates by, got "
+                f"none with {share:g} of {len(train_all.y)}"
+            )
+    settings = {
+        **asdict(setting),
+        "data": images_digest(*used),
+        "seed": args.seed,
+        "methods": methods,
+    }
     units = len(setting.fractions) * sum(
         len(pairs_of[m]) * trials[m] + setting.seeds for m in methods
     )

@@ -44,6 +44,7 @@ from _shared import (
     save_picture,
     write_table,
 )
+from _surfaces import check_cloud, run_header
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ from levelset_ext.data.meshes import read_mesh
 from levelset_ext.data.scans import Normalization
 from levelset_ext.errors import InputError
 from levelset_ext.field import value_and_jacobian
-from levelset_ext.recipes.files import load_checkpoint, read_json, write_json
+from levelset_ext.recipes.files import load_checkpoint, write_json
 from levelset_ext.recipes.reconstruct import (
     KIND,
     Training,
@@ -223,9 +224,7 @@ def spacing(
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Parameters and settings of a run, and the cloud it is of."""
-    header = read_json(folder / "config.json")
-    if not isinstance(header, dict) or header.get("kind") != KIND:
-        raise InputError(f"{folder}: expected a folder of levelset-ext reconstruct, got another")
+    header = run_header(folder)
     state = load_checkpoint(folder / "checkpoint.pt", KIND)
     return {
         "settings": state["settings"],
@@ -356,8 +355,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trained is not None and where is None and trained["cloud"] != "synthetic scan":
         where = trained["cloud"]
     cloud = load_cloud(where, args.seed)
-    if trained is not None and cloud.digest != trained["digest"]:
-        raise InputError(f"scan: expected the cloud of {args.run}, got another ({cloud.name})")
+    if trained is not None:
+        check_cloud(args.run, trained, cloud)
     truth = cloud.truth if args.truth is None else read_mesh(args.truth)
     if truth is None:
         raise InputError("truth: expected the mesh of the true surface, got none")

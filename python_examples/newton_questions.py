@@ -43,6 +43,8 @@ from _shared import (
     arguments,
     class_margin,
     command,
+    images_digest,
+    network_digest,
     pyplot,
     quantiles,
     save_picture,
@@ -289,9 +291,7 @@ def draw_images(plt: Any, x: Tensor, p: Tensor, notes: list[str], path: Path) ->
     save_picture(figure, path)
 
 
-def trained_network(args: Any, train: Images, setting: Setting) -> nn.Module:
-    if args.checkpoint is not None:
-        return load_classifier(args.checkpoint)
+def trained_network(train: Images, setting: Setting) -> nn.Module:
     network = fresh(train, setting)
     say(f"training a {network.config['network']} on {len(train)} {train.name} images")
     train_classifier(
@@ -320,19 +320,23 @@ def work(argv: Sequence[str] | None) -> None:
     parser.add_argument("--train-steps", type=int, help="of the network that is trained here")
     parser.add_argument("--descent-steps", type=int, help="most steps of gradient descent")
     args = parser.parse_args(argv)
-    given = ("label", "rows", "train_steps", "descent_steps")
-    changes = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    names = ("label", "rows", "train_steps", "descent_steps")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     setting = replace(QUICK if args.quick else Setting(), seed=args.seed, **changes)
     train = load_images(args.data, "train", setting.train_rows)
     test = load_images(args.data, "test", setting.rows)
     if not 0 <= setting.label < test.classes:
         raise InputError(f"label: expected 0 to {test.classes - 1}, got {setting.label}")
-    settings = {**asdict(setting), "data": args.data, "checkpoint": args.checkpoint}
+    given = None if args.checkpoint is None else load_classifier(args.checkpoint)
+    settings = {
+        **asdict(setting),
+        "data": images_digest(train, test),
+        "checkpoint": None if given is None else network_digest(given),
+    }
     run = Run(args.out, "newton", settings, 4, args.resume)
 
     def make_network() -> dict[str, Any]:
-        network = trained_network(args, train, setting)
-        return classifier_state(network)
+        return classifier_state(trained_network(train, setting) if given is None else given)
 
     kept = run.unit("network", make_network)
     options = {**kept["options"], "shape": tuple(kept["options"]["shape"])}

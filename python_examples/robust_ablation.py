@@ -42,6 +42,7 @@ from _shared import (
     arguments,
     chosen_variants,
     command,
+    images_digest,
     interval,
     pyplot,
     save_picture,
@@ -53,7 +54,6 @@ from table1_robustness import QUICK as TABLE_QUICK
 from levelset_ext.data.images import Images, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
-from levelset_ext.recipes.run_folder import digest
 from levelset_ext.recipes.training import TrainConfig, plain_config
 
 
@@ -180,7 +180,7 @@ def work(argv: Sequence[str] | None) -> None:
     }
     settings = {
         "attack": asdict(attack),
-        "data": digest(data.images, data.labels, test.images, test.labels),
+        "data": images_digest(data, test),
         "plans": {f"{name}, {seed}": plain_config(c) for (name, seed), c in plans.items()},
     }
     run = Run(args.out, "robust-ablation", settings, len(plans), args.resume)

@@ -102,6 +102,10 @@ def scan_of(name: str, raw: Cloud, truth: trimesh.Trimesh) -> Scan:
 
 def read_scans(folder: Path | None, names: Sequence[str], quick: bool, seed: int) -> list[Scan]:
     if folder is None:
+        if names:
+            raise InputError(
+                f"scans: expected a folder SCANS to choose from, got {names[0]!r} alone"
+            )
         made = synthetic_scan(20_000 if quick else 170_000, seed=seed)
         return [scan_of("synthetic", Cloud(made.points, "synthetic scan"), made.truth)]
     there = sorted(file.stem for file in folder.glob("*.ply"))
@@ -383,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if strange := [name for name in args.methods if name not in METHODS]:
         raise InputError(f"methods: expected {', '.join(METHODS)}, got {', '.join(strange)}")
+    if not args.methods:
+        raise InputError(f"methods: expected some of {', '.join(METHODS)}, got none")
     if args.seconds is not None and args.steps is not None:
         raise InputError("seconds, steps: expected one of them, got both")
     if args.steps is not None and args.steps < 1:
@@ -400,11 +406,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             surface_samples=5_000,
             dense_samples=100_000,
         )
-    if "poisson" in args.methods:
-        _surfaces.pymeshlab()
     full = read_json(args.fast_results)["scans"] if args.fast_results else {}
     torch.set_num_threads(1)
     scans = read_scans(args.data, args.scans, args.quick, args.seed)
+    if "poisson" in args.methods:
+        _surfaces.pymeshlab()
     count = sum(1 if scan.truth.is_watertight else 2 for scan in scans) * len(args.methods)
     run = Run(args.out, "surface-table", vars(how), count, args.resume)
     units: dict[str, dict[str, dict[str, Any]]] = {}

@@ -52,7 +52,16 @@ from _robustness import (
     standing,
     train_network,
 )
-from _shared import Run, arguments, command, pyplot, save_picture, write_table
+from _shared import (
+    Run,
+    arguments,
+    command,
+    images_digest,
+    network_digest,
+    pyplot,
+    save_picture,
+    write_table,
+)
 from torch import Tensor
 
 from levelset_ext.attacks.autoattack import load_autoattack
@@ -61,7 +70,6 @@ from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import say
-from levelset_ext.recipes.run_folder import digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.training import TrainConfig, plain_config
 from levelset_ext.whole_files import write_whole
@@ -618,8 +626,6 @@ def work(argv: Sequence[str] | None) -> None:
     )
     if setting.repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {setting.repeats}")
-    if setting.seed < 0:
-        raise InputError(f"seed: expected a number >= 0, got {setting.seed}")
     if setting.autoattack:
         try:
             load_autoattack()
@@ -643,10 +649,10 @@ def work(argv: Sequence[str] | None) -> None:
     settings = {
         **chosen,
         "attack": asdict(attack),
-        "data": digest(some.images, some.labels),
+        "data": images_digest(some),
         "trained": {name: plain_config(config) for name, config in configs.items()},
         "train_rows": args.train_rows,
-        "given": {n.name: digest(*n.module.state_dict().values()) for n in given},
+        "given": {n.name: network_digest(n.module) for n in given},
     }
     count = len(configs) + len(given)
     run = Run(args.out, "table 1", settings, count_units(count, setting), args.resume)
