@@ -97,7 +97,7 @@ class Run:
 
 
 def network_digest(network: torch.nn.Module) -> str:
-    """The weights of a network, for the settings of a :class:`Run`: a path may hold others later."""
+    """The weights of a network, for the settings of a :class:`Run`."""
     return digest(*network.state_dict().values())
 
 

@@ -544,7 +544,8 @@ def draw_transfer(
     plt = pyplot()
     n = len(networks)
     size = 1.6 + 0.55 * n
-    figure, axes = plt.subplots(1, 2, figsize=(2 * size + 0.6, size - 0.3))
+    # "compressed", as panels of squares do not fill what the usual layout gives them.
+    figure, axes = plt.subplots(1, 2, figsize=(2 * size + 0.6, size), layout="compressed")
     names = [network.name for network in networks]
     for panel, loss in zip(axes, LOSSES, strict=True):
         values = torch.tensor([row["accuracy"] for row in transfer if row["loss"] == loss])
