@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,3 +310,56 @@ def test_an_unknown_benchmark_is_bad_input(capsys):
         main(["bench", "everything"])
     assert stopped.value.code == 2
     assert "everything" in capsys.readouterr().err
+
+
+# --- the scripts in benchmarks/ -------------------------------------------------------------------
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("attack_throughput", ["--rows", "0"], "rows: expected at least 1, got 0"),
+        ("warm_pool", ["--cases", "nosuch"], "cases: expected some of fast, paper, got 'nosuch'"),
+        ("collect_robust", ["no", "a", "--json", "a.json", "--history", "a.csv"], "no/a/config"),
+        ("train_step", ["--data", "missing"], "missing: expected a folder with images"),
+        ("search_steps", ["a.pt", "--data", "missing"], "missing: expected a folder with images"),
+        ("curve_accuracy", ["--out", "no/a.json"], "out: expected a file that can be written"),
+        ("curve_accuracy", ["--out", "a.json", "--seeds", "0"], "seeds: expected at least 1"),
+    ],
+)
+def test_bad_input_of_a_script_is_one_line(name, words, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    assert script.command(script.main) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{name}.py: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_points_of_the_timed_objective_are_checked(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("train_step")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x = torch.rand(32, 1, 2, 2)
+    y = network(x).argmax(1)
+    with script.checked_points("right") as counts:
+        script.Robust()(network, x, y)
+    assert sum(counts) > 0
+    search = script.level_sets.find_boundary
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = search(*args, **options)
+        found.result.points.add_(0.1 * torch.rand_like(found.result.points))
+        return found
+
+    monkeypatch.setattr(script.level_sets, "find_boundary", wrong)
+    refused = pytest.raises(SystemExit, match="wrong: boundary points with")
+    with refused, script.checked_points("wrong"):
+        script.Robust()(network, x, y)
+    assert script.level_sets.find_boundary is wrong

@@ -230,8 +230,20 @@ def test_interval(example: Any) -> None:
         ("distance_histogram", ["nowhere.pt"], "nowhere.pt"),
         ("distance_histogram", ["--norm", "l7"], "norm: expected one of l2, linf"),
         ("figure2_fractions", ["--fractions", "0.1,x"], "fractions: expected numbers"),
-        ("figure2_fractions", ["--most-steps", "0"], "seeds, epochs, most-steps, test-rows"),
+        ("figure2_fractions", ["--most-steps", "0"], "most-steps: expected at least 1, got 0"),
         ("figure2_fractions", ["--device", "abacus"], "device: expected one of cpu"),
+        ("figure2_fractions", ["--network", "nosuch"], "network: name: expected one of"),
+        ("figure2_fractions", ["--trial-seeds", "-1"], "trial-seeds: expected at least 0, got -1"),
+        ("figure2_fractions", ["--candidates", "9"], "candidates: expected 1 to 4, got 9"),
+        (
+            "figure2_fractions",
+            ["--fractions", "0.9995", "--candidates", "2"],
+            "fractions: expected some training images outside",
+        ),
+        ("distance_histogram", ["--network", "nosuch"], "network: name: expected one of"),
+        ("distance_histogram", ["--eps", "-1"], "eps: expected a number > 0, got -1"),
+        ("figure1_boundaries", ["--seed", "-1"], "seed: expected a number >= 0, got -1"),
+        ("figure3_curves", ["--seed", "-1"], "seed: expected a number >= 0, got -1"),
     ],
 )
 def test_bad_input(
@@ -257,3 +269,52 @@ def test_checkpoint_of_other_images(
     out = ["--out", str(tmp_path / "out"), "--rows", "5"]
     assert histogram.main([*out, str(tmp_path / "net.pt")]) == 2
     assert "expected images (n, 1, 28, 28)" in capsys.readouterr().err
+
+
+def test_another_network_in_the_same_file_is_not_gone_on_with(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "net.pt", ["--out", str(tmp_path / "out"), "--quick", "--rows", "5"]
+    histogram = example("distance_histogram")
+    save_classifier(file, build("convnet-2a", 10, (1, 8, 8)))
+    assert histogram.main([*out, str(file)]) == 0
+    moved = tmp_path / "moved.pt"
+    file.rename(moved)
+    assert histogram.main([*out, "--resume", str(moved)]) == 0
+    save_classifier(moved, build("convnet-2a", 10, (1, 8, 8)))
+    capsys.readouterr()
+    assert histogram.main([*out, "--resume", str(moved)]) == 2
+    assert "got other checkpoints" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["newton_questions", "figure2_fractions"])
+def test_settings_hold_what_is_in_the_files(
+    example: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, seen = example(name), []
+
+    def stop(out: Path, name: str, settings: Any, *more: Any) -> None:
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "Run", stop)
+    words = ["--out", str(tmp_path), "--quick"]
+    file, load = tmp_path / "net.pt", module.load_images
+    if name == "newton_questions":
+        words += ["--checkpoint", str(file)]
+    for turn in range(3):
+        if turn != 1:
+            torch.manual_seed(turn)
+            save_classifier(file, build("convnet-2a", 10, (1, 8, 8)))
+        if turn == 1:  # other images in the same place
+            monkeypatch.setattr(
+                module, "load_images", lambda *a: replace(load(*a), images=1 - load(*a).images)
+            )
+        else:
+            monkeypatch.setattr(module, "load_images", load)
+        assert module.main(words) == 130
+    first, images, network = seen
+    assert first["data"] != images["data"]
+    assert first["data"] == network["data"]
+    if name == "newton_questions":
+        assert first["checkpoint"] == images["checkpoint"] != network["checkpoint"]

@@ -358,7 +358,7 @@ def test_a_training_is_looked_at_and_gone_on_with(
     assert (cut / "shares.csv").read_bytes() == (whole / "shares.csv").read_bytes()
 
 
-def test_the_history_of_runs(trained: Path, tmp_path: Path) -> None:
+def test_the_history_of_runs(trained: Path, tmp_path: Path, capsys: Any) -> None:
     run = trained / "train" / "ours"
     assert convergence_share.main([str(run), "--out", str(tmp_path), "--rows", "30"]) == 0
     rows, history = table(tmp_path / "history.csv"), table(run / "history.csv")
@@ -368,8 +368,37 @@ def test_the_history_of_runs(trained: Path, tmp_path: Path) -> None:
         assert float(row["both"]) == pytest.approx(both if both == both else 0, rel=1e-4)
     newton = table(tmp_path / "newton.csv")
     assert [row["run"] for row in newton] == ["ours"]
+    other = tmp_path / "other" / "ours"
+    shutil.copytree(run, other)
+    words = [str(other), "--out", str(tmp_path), "--rows", "30", "--resume"]
+    assert convergence_share.main(words) == 0  # the same network, elsewhere
+    shutil.copy(trained / "train" / "standard" / "checkpoint.pt", other / "checkpoint.pt")
+    assert convergence_share.main(words) == 2
+    assert "got other networks" in capsys.readouterr().err
     assert 0 <= float(newton[0]["newton"]) <= 1
     assert (tmp_path / "history.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_what_is_written_on_transfer_png_is_within_it(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    monkeypatch.setattr(
+        table1_robustness, "save_picture", lambda figure, path: shown.append(figure)
+    )
+    names = ["large-margin", *"abcdef"][:count]
+    networks = [_robustness.Network(name, torch.nn.Identity(), "", None) for name in names]
+    rows = [
+        {"loss": loss, "accuracy": 50.0} for loss in _robustness.LOSSES for _ in range(count**2)
+    ]
+    table1_robustness.draw_transfer(networks, rows, tmp_path / "transfer.png")
+    (figure,) = shown
+    figure.canvas.draw()
+    for axes in figure.axes:
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            box = text.get_window_extent()
+            assert not text.get_text() or (box.y0 >= 0 and box.y1 <= figure.bbox.y1)
 
 
 # --- bad input -------------------------------------------------------------------------------

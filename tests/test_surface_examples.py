@@ -269,6 +269,7 @@ def test_a_mesh_of_which_nothing_is_left() -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--methods", ""], "methods: expected some of ours, .* got none"),
         (["--methods", "sphere,magic"], "methods: expected .* got magic"),
         (["--scans", "bunny"], "scans: expected some of ring, got bunny"),
         (["--seconds", "0"], "seconds: expected"),
@@ -281,6 +282,17 @@ def test_table_refuses(scans: Path, tmp_path: Path, extra: list[str], message: s
         surface_table.main(
             [str(scans), "--out", str(tmp_path / "out"), "--methods", "sphere", *extra]
         )
+
+
+def test_scans_are_looked_for_before_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pymeshlab", None)
+    for script in (surface_table, close_ups):
+        with pytest.raises(InputError, match="expected a folder with scans"):
+            script.main([str(tmp_path / "missing"), "--out", str(tmp_path / "out")])
+        with pytest.raises(InputError, match="scans: expected a folder SCANS to choose from"):
+            script.main(["--scans", "nosuch", "--out", str(tmp_path / "out"), "--quick"])
 
 
 def test_table_refuses_a_folder_without_scans(tmp_path: Path) -> None:
@@ -391,6 +403,22 @@ def test_close_ups_measure_a_known_gap() -> None:
     far = mesh.copy()
     far.apply_translation((0.0, 0.0, 9.0))
     assert close_ups.distances(far, truth, place, 0)["truth_to_mesh"] is None
+
+
+def test_close_ups_refuse_a_run_of_another_cloud(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    raw, other = (Cloud(random.normal(size=(300, 3)), "cloud") for _ in range(2))
+    config = preset("fast", 1, 0)
+    header = {"kind": _surfaces.KIND, "cloud": "cloud", "digest": other.digest}
+    (tmp_path / "config.json").write_text(json.dumps({**header, "settings": {}}))
+    (tmp_path / "metrics.json").write_text("{}")
+    torus().export(tmp_path / "mesh.ply")
+    with pytest.raises(InputError, match="expected the cloud of"):
+        close_ups.ours(surface_table.scan_of("a", raw, torus()), tmp_path, config, False)
+    mesh = close_ups.ours(surface_table.scan_of("b", other, torus()), tmp_path, config, False)
+    assert len(mesh.faces) == len(torus().faces)
+    with pytest.raises(InputError, match="got other"):  # its own folder, other settings
+        close_ups.ours(surface_table.scan_of("b", other, torus()), tmp_path, config, True)
 
 
 # --- the ablation ----------------------------------------------------------------------------
