@@ -545,7 +545,7 @@ def draw_transfer(
 ) -> None:
     plt = pyplot()
     n = len(networks)
-    size = 1.6 + 0.55 * n
+    size = 1.6 + 0.55 * max(n, 2)
     # "compressed", as panels of squares do not fill what the usual layout gives them.
     figure, axes = plt.subplots(1, 2, figsize=(2 * size + 0.6, size), layout="compressed")
     names = [network.name for network in networks]
