@@ -11,7 +11,8 @@ with each of these weights in place of the preset's. --set METHOD.NAME=VALUE cha
 a training, also batch, lr and epochs. The large-margin loss gets the norm and the distance that it
 is judged by here, L_inf and eps. On the digits, which are attacked with eps 0.15, madry, trades and
 llr train for 0.15 as well, mma for up to 0.2, and ours for 0.2 with the preset fast (paper: 0.4,
-0.5 for wrong examples); the results page sets 0.2 for madry too (--set madry.eps=0.2).
+0.5 for wrong examples). The results page has a row for each with the box, the learning rate and
+the average of weights of ours.
 
 Every network is attacked by PGD on cross entropy and on the margin (MNIST: eps 0.3, 40 steps of
 0.01; CIFAR10: 0.031, 20 steps of 0.003), with its own gradients and with those of every other

@@ -425,7 +425,7 @@ RESULTS: tuple[Result, ...] = (
     ),
     Result(
         "equal_digits",
-        "Seven ways to train, half a minute of one core each: digits",
+        "Seven ways to train, about a minute of one core each: digits",
         "Table 1, with MMA, LLR and Elsayed et al. beside it",
         ("equal_digits.json",),
         (

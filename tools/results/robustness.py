@@ -374,7 +374,7 @@ def ablation(book: Book) -> str:
         "All begin with the eps of the attack, 0.15. The preset `fast` of the digits has what is a "
         "third larger: these test images chose it. Madry's training has a fifth of our learning "
         "rate here, no average of weights and no reduced precision; with all three it is in "
-        "the [table of seven](#seven-ways-to-train-half-a-minute-of-one-core-each-digits). "
+        "the [table of seven](#seven-ways-to-train-about-a-minute-of-one-core-each-digits). "
         "Without cross entropy nothing says which side is right, and Eq. 12 finds no "
         "boundary to move."
     )
