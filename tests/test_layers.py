@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ def test_a_hidden_unit_is_what_the_layers_before_it_compute() -> None:
     whole = net[:4](x)
     torch.testing.assert_close(ls.LayerField(net, "3", 2)(x), whole[:, 2])
     torch.testing.assert_close(ls.LayerField(net, "3", (4, 1))(x), whole[:, [4, 1]])
+    number: Any = np.int64(2)
+    torch.testing.assert_close(ls.LayerField(net, "3", number)(x), whole[:, 2])
     torch.testing.assert_close(ls.LayerField(net, "3")(x), whole)
     difference = ls.LayerField(net, "3", lambda h: h[:, 0] - h[:, 1])
     torch.testing.assert_close(difference(x), whole[:, 0] - whole[:, 1])
@@ -148,3 +152,6 @@ def test_refusals() -> None:
         ls.LayerField(Odd(), "unused")(x)
     with pytest.raises(ValueError, match="expected pair to give one tensor of 4 rows, got tuple"):
         ls.LayerField(Odd(), "pair")(x)
+    half: Any = 1.5
+    with pytest.raises(ValueError, match=r"units: expected an integer, .*, got 1\.5"):
+        ls.LayerField(Odd(), "pair", half)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -94,30 +95,32 @@ def test_the_margin_search_of_an_affine_margin_gives_eq_12_in_closed_form(distan
     torch.testing.assert_close(gradients(net, step.loss), gradients(net, there))
 
 
-def test_the_xent_search_adds_the_cross_entropy_at_the_ends() -> None:
+@pytest.mark.parametrize("box", [0.2, 0.06])
+def test_the_xent_search_adds_the_cross_entropy_at_the_ends(box: float) -> None:
     net, x, y = problem()
     objective = Robust(
-        eps_correct=0.2, step=0.05, iters=8, search="xent", distance="along", ends=0.5
+        eps_correct=box, step=0.05, iters=8, search="xent", distance="along", ends=0.5
     )
     step = objective(net, x, y, generator=torch.Generator().manual_seed(2))
     # Sign steps on one affine margin end in a corner of the box, whatever the start.
     sign = torch.where(y == 1, -1.0, 1.0).to(DTYPE)[:, None] * net.w.detach().sign()
     assert step.offsets is not None
-    torch.testing.assert_close(step.offsets, 0.2 * sign)
-    logits = net(x + 0.2 * sign)
+    torch.testing.assert_close(step.offsets, box * sign)
+    logits = net(x + box * sign)
     cross_entropy = functional.cross_entropy(logits, y)
     torch.testing.assert_close(step.figures["cross_entropy"], cross_entropy.detach())
     margins, ends = margin(net(x), y), margin(logits, y)
     over = (margins > 0) & (ends <= 0)
     assert 0 < int(over.sum()) < int((ends <= 0).sum())
+    assert bool((ends > 0).any()) == (box < 0.2)  # of a smaller box some ends are still correct
     reach = (margins / net.w.abs().sum())[over]
-    eq_12 = (0.2 - reach).sum() / len(x)
+    eq_12 = (box - reach).sum() / len(x)
     torch.testing.assert_close(step.loss.detach(), (eq_12 + 0.5 * cross_entropy).detach())
     torch.testing.assert_close(step.figures["correct"], eq_12.detach())
     assert float(step.figures["crossed"]) == float(over.double().mean())
     # v is held, so the distance along it is F(x) / (w v) with |v| = 1 in the norm of the box.
     along = (x @ net.w + net.b) / -(sign * net.w).sum(1)
-    there = (0.2 - along[over]).sum() / len(x) + 0.5 * cross_entropy
+    there = (box - along[over]).sum() / len(x) + 0.5 * cross_entropy
     torch.testing.assert_close(gradients(net, step.loss), gradients(net, there))
 
 
@@ -136,6 +139,20 @@ def test_examples_whose_boundary_is_out_of_reach_move_a_fresh_network() -> None:
     silent = Robust(eps_correct=0.1, eps_wrong=0.1, step=0.05, iters=3, lost=0.0)(net, x, y)
     assert float(silent.loss.detach()) == 0
     assert not gradients(net, silent.loss).any()
+
+
+def test_wrong_examples_whose_boundary_is_in_reach_add_no_cross_entropy() -> None:
+    net, x, y = problem()
+    y[2:6] = 1 - y[2:6]
+    reach = (margin(net(x), y) / net.w.abs().sum()).detach()
+    box = float(-reach[:6].sort().values[2:4].mean())
+    step = Robust(eps_correct=0.1, eps_wrong=box, iters=60, lost=1.0)(net, x, y)
+    far = reach < -box
+    assert int(far.sum()) == 3
+    expected = functional.cross_entropy(net(x[far]), y[far], reduction="sum") / len(x)
+    torch.testing.assert_close(step.figures["cross_entropy"], expected.detach())
+    eq_12 = step.figures["correct"] + step.figures["wrong"]
+    torch.testing.assert_close(step.loss.detach(), eq_12 + expected.detach())
 
 
 @BOTH
@@ -206,6 +223,32 @@ def test_statistics_are_measured_only_where_there_are_any() -> None:
         with_batch_statistics(normed, torch.rand(1, 3))
 
 
+@pytest.mark.parametrize("part", ["whole", "child", "norm"])
+@pytest.mark.parametrize(
+    "objective", [Robust(0.3, 0.3, 0.1, 3), GeometricSvm()], ids=["robust", "svm"]
+)
+def test_batch_norm_is_found_where_torch_compile_has_wrapped(
+    part: str, objective: Robust | GeometricSvm
+) -> None:
+    found = []
+    for wrapped in ("nothing", part):
+        torch.manual_seed(0)
+        norm: Any = nn.BatchNorm1d(5).double()
+
+        def wrap(name: str, module: nn.Module, at: str = wrapped) -> Any:
+            return torch.compile(module, backend="eager") if name == at else module
+
+        child = nn.Sequential(nn.Linear(3, 5).double(), wrap("norm", norm))
+        net = wrap("whole", nn.Sequential(wrap("child", child), nn.Linear(5, 2).double()))
+        x, y = torch.rand(9, 3, dtype=DTYPE), torch.arange(9) % 2
+        step = objective(net, x, y, generator=torch.Generator().manual_seed(1))
+        found.append((step.loss, gradients(net, step.loss), norm.running_mean, norm.running_var))
+        assert int(norm.num_batches_tracked) == 1
+        torch.testing.assert_close(with_batch_statistics(net, x)(x[:4]), net(x)[:4])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_a_shared_batch_norm_has_statistics_for_every_use() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -246,6 +289,19 @@ def test_a_warm_start_goes_on_where_the_last_visit_ended(search: str) -> None:
     assert half.offsets is not None
     share = (half.offsets - 0.05).abs().amax(1).lt(0.021).double().mean()
     assert 0.4 < float(share) < 0.6
+
+
+def test_a_warm_start_from_a_larger_box_stays_in_its_own() -> None:
+    net, x, y = problem()
+    worst = torch.where(y == 1, -1.0, 1.0).to(DTYPE)[:, None] * net.w.detach().sign()
+    objective = Robust(
+        eps_correct=0.1, eps_first=0.3, warmup=1.0, iters=2, search="xent", warm_start=1.0,
+        keep_best=True,
+    )  # fmt: skip
+    for progress, box in ((0.5, 0.2), (1.0, 0.1)):
+        step = objective(net, x, y, offsets=0.3 * worst, progress=progress)
+        assert step.offsets is not None
+        torch.testing.assert_close(step.offsets, box * worst)
 
 
 def test_steps_shrink_to_the_last_and_grow_with_the_box() -> None:
@@ -319,6 +375,7 @@ def test_eq_11_grows_its_lambda_over_a_share_of_the_training() -> None:
         ({"search": "pgd"}, "search: expected"),
         ({"eps_correct": -0.1}, "eps_correct"),
         ({"step": 0.0}, "step"),
+        ({"step_eps": 0.0}, "step_eps: expected a finite number > 0"),
         ({"search": "xent", "step_last": 0.0}, "step_last: expected a finite number > 0"),
         ({"iters": -1}, "iters"),
         ({"warm_start": 1.5}, "warm_start"),

@@ -154,6 +154,36 @@ def test_a_field_without_a_gradient_gives_zero_with_a_graph():
     assert all(not g.any() for g in gradients(loss.total, net))
 
 
+def test_one_side_of_the_boundary_is_enough():
+    class Saturated(nn.Module):
+        """Goes on below 0, and is flat from 1/2 on: there is no level 1."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(2.0, dtype=DTYPE))
+
+        def forward(self, x):
+            return (self.w * x[:, 0]).clamp(max=0.5)
+
+    x = torch.tensor([[0.2, 0.0], [-0.4, 1.0]], dtype=DTYPE)
+    loss = geometric_svm(Saturated(), x, torch.tensor([1, -1]), lam=1.0)
+    assert loss.used == 1
+    torch.testing.assert_close(loss.margin, torch.tensor(0.5, dtype=DTYPE))
+    torch.testing.assert_close(loss.regularizer, torch.tensor(2.0, dtype=DTYPE))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_first_row_that_is_none_gives_zeros_as_gradients(rows):
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y = torch.rand(rows, 2, dtype=DTYPE), torch.zeros(rows, dtype=torch.int64)
+    x[0] = torch.nan
+    samples = find_boundary(net, x, y, 0.0, 0.0, 0.01, 2)
+    flat = svm_samples(net, torch.full_like(x, torch.nan))
+    for loss in (robust(net, x, y, samples), geometric_svm(net, x, y, flat)):
+        assert loss.total == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(loss.total, net))
+
+
 def test_bad_rows_leave_the_others_alone():
     x, y = two_clouds(6)
     net = Linear([0.7, -2.0], 0.2)

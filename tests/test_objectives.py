@@ -164,6 +164,29 @@ def test_madry_with_steps_that_shrink() -> None:
     torch.testing.assert_close(step.loss, functional.softplus(moved - sign * one(x)).mean())
 
 
+def test_a_warm_start_of_madry_from_a_larger_box_stays_in_its_own() -> None:
+    one, x, y, sign = binary()
+    worst = -sign[:, None] * one.weight.detach().sign()
+    objective = Madry(0.3, 0.01, 3, warm_start=1.0, keep_best=True)
+    step = objective(one, x, y, offsets=0.45 * worst)
+    assert step.offsets is not None
+    inside = (x + 0.3 * worst).clamp(0, 1) - x
+    torch.testing.assert_close((x + step.offsets).clamp(0, 1) - x, inside)
+    assert float(step.offsets.abs().max()) < 0.3 + 1e-12
+
+
+@pytest.mark.parametrize(("iters", "moved"), [(1, 0.02), (2, 0.025)])
+def test_the_first_and_the_last_step_of_madry_grow_over_the_warmup(
+    iters: int, moved: float
+) -> None:
+    one, _, y, _ = binary()
+    x = torch.full((len(y), one.weight.shape[0]), 0.5, dtype=DTYPE)
+    objective = Madry(0.4, 0.04, iters, warmup=0.5, warm_start=1.0, step_last=0.01)
+    step = objective(one, x, y, offsets=torch.zeros_like(x), progress=0.25)
+    assert step.offsets is not None
+    torch.testing.assert_close(step.offsets.abs(), torch.full_like(x, moved))
+
+
 def test_trades_without_weight_is_cross_entropy() -> None:
     net, (x, y) = Recording(), batch()
     step = Trades(0.0, 0.1, 0.03, 3)(net, x, y)
@@ -388,6 +411,18 @@ def test_llr_and_cure_of_an_affine_loss() -> None:
     expected = (x @ net.a + 2).mean() + 3 * net.a.norm()
     torch.testing.assert_close(step.loss, expected)
     assert CURE(0.5)(net, x, y).figures["curvature"] < 1e-20
+
+
+def test_the_slope_of_llr_is_a_mean_of_moduli() -> None:
+    net = WithLoss([[0.0, 0.0], [0.0, 0.0]])
+    x, y = torch.rand(5, 2, dtype=DTYPE), torch.zeros(5, dtype=torch.int64)
+    objective, generator = LLR(0.2, 4.0, 3.0, 1, 1e-9), torch.Generator().manual_seed(3)
+    step = objective(net, x, y, generator=generator)
+    # Of an affine loss no step finds a larger deviation than the start has.
+    start = 0.2 * (2 * torch.rand(x.shape, dtype=DTYPE, generator=generator.manual_seed(3)) - 1)
+    slopes = start @ net.a.detach()
+    assert float(slopes.min()) < 0 < float(slopes.max())
+    torch.testing.assert_close(step.figures["penalty"], slopes.abs().mean(), rtol=0, atol=1e-7)
 
 
 def test_llr_and_cure_of_a_quadratic_loss() -> None:

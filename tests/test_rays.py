@@ -1,5 +1,6 @@
 """Rays against level sets: hits and their gradients."""
 
+import itertools
 import math
 
 import numpy as np
@@ -172,14 +173,14 @@ def test_crossings_of_a_field_that_is_not_finite_are_refused():
 
 def test_a_batch_without_a_hit_has_a_gradient_of_zeros():
     fn = problems.Sphere(0.7)
-    origins = torch.tensor([[0.0, 0, 3]], dtype=torch.float64)
-    for wanted in (None, True):
+    for z, wanted in itertools.product((3.0, math.nan), (None, True)):
+        origins = torch.tensor([[0.0, 0, z], [0, 0, 3]], dtype=torch.float64)
         hits = intersect_rays(fn, origins, torch.tensor([0, 0, 1.0]).double(), far=5.0,
                               differentiable=wanted)  # fmt: skip
         assert not hits.mask.any()
         loss = hits.points[hits.mask].sum()
         gradients = torch.autograd.grad(loss, list(fn.parameters()))
-        assert all(not g.any() for g in gradients)
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
 def test_batches_and_no_rays_or_hits():

@@ -48,6 +48,22 @@ def test_value_is_the_formula(p: float, slope: float) -> None:
     torch.testing.assert_close(loss.total, sum(terms) + 3.0 * misfit)
 
 
+def test_rows_that_did_not_converge_stand_for_the_level_they_are_on() -> None:
+    cloud = sphere_points(100, 1.0)
+    start = torch.cat([sphere_points(4, 0.9), sphere_points(6, 0.5, seed=1)])
+
+    def quadric(x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum(1) - 0.81 + 0.0 * weight
+
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    found = ls.project(quadric, start, max_iters=1)
+    assert found.converged.tolist() == [True] * 4 + [False] * 6
+    t = torch.where(found.converged, 0.0, quadric(found.points).detach())
+    expected = (torch.cdist(found.points, cloud).amin(1) - t.abs()).abs().mean()
+    loss = ls.losses.reconstruction(quadric, found, cloud)
+    torch.testing.assert_close(loss.levels[0], expected)
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_gradient_is_that_of_a_moving_level_set(p: float) -> None:
     """For the sphere, p(r) moves radially with r: differentiate the true geometry numerically."""
@@ -147,6 +163,16 @@ def test_a_known_nearest_point_gives_the_same_loss() -> None:
     assert grads[0] == grads[1] == grads[2] != 0.0
 
 
+def test_a_known_nearest_point_is_that_of_the_rows_that_are_left() -> None:
+    cloud = sphere_points(300, 1.0)
+    samples = ls.project(Ball(0.9), 1.2 * sphere_points(9, 1.0, seed=5))
+    samples.jacobian[:3] *= 0.1  # flat: left out
+    _, index = ls.ops.nearest_distance(samples.points, cloud)
+    loss = ls.losses.reconstruction(Ball(0.9), samples, cloud, nearest=[index], min_slope=0.5)
+    expected = torch.cdist(samples.points[3:], cloud).amin(1).mean()
+    torch.testing.assert_close(loss.levels[0], expected)
+
+
 def plane_points(n: int, noise: float, seed: int = 0) -> torch.Tensor:
     """Points of the square |x|, |y| < 1 in the plane z = 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -226,6 +252,22 @@ def test_a_quadric_is_its_own_fit() -> None:
     # Its weight pulls the fit toward it, by a share that the others outweigh.
     assert float((disks.centers[0] - cloud[0]).norm()) < 0.005
     assert float((disks.normals[0] @ turn[2]).abs()) > 0.9999
+
+
+def test_disks_of_a_cloud_of_another_size_are_of_that_size() -> None:
+    cloud = sphere_points(60, 1.0)
+    small, large = ls.losses.fit_disks(cloud), ls.losses.fit_disks(100 * cloud)
+    torch.testing.assert_close(large.centers, 100 * small.centers)
+    torch.testing.assert_close(large.radii, 100 * small.radii)
+    cosine = (large.normals * small.normals).sum(1).abs()
+    torch.testing.assert_close(cosine, torch.ones(60).double())
+
+
+@pytest.mark.parametrize(("covered", "expected"), [(1, [1, 1, 2, 4]), (2, [3, 2, 3, 6])])
+def test_the_radius_is_the_distance_to_a_neighbour(covered: int, expected: list[int]) -> None:
+    cloud = torch.tensor([[0.0, 0], [1, 0], [3, 0], [7, 0]]).double()
+    disks = ls.losses.fit_disks(cloud, 3, covered)
+    torch.testing.assert_close(disks.radii, torch.tensor(expected).double())
 
 
 @pytest.mark.parametrize("case", ["line", "equal", "few"])
