@@ -528,6 +528,14 @@ def test_a_start_is_brought_into_the_ball(norm: str, early_stop: bool, iters: in
     assert moved.any()
 
 
+def test_a_start_is_that_of_the_first_restart_alone() -> None:
+    network, x, y = problem()
+    small = {"eps": 1e-3, "step": 1e-4, "iters": 1, "restarts": 2}
+    given = attacks.pgd(network, x, y, start=x.clone(), **small)
+    assert not bool(given.success.any())
+    assert torch.equal(given.adversarial, attacks.pgd(network, x, y, **small).adversarial)
+
+
 def test_targets_are_called_by_their_name() -> None:
     network, x, y = problem(n=3)
     one = {"eps": 0.1, "step": 0.1, "iters": 1, "objective": "targeted"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from levelset_ext.geometry.compare import compare_meshes
+from levelset_ext.geometry.compare import _topology, compare_meshes
 
 FEW = {"samples": 4000, "surface_samples": 4000, "dense_samples": 60_000}
 BALL = trimesh.creation.icosphere(subdivisions=4)
@@ -28,7 +28,7 @@ def test_plates_a_known_distance_apart() -> None:
     corners = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=float)
     faces = np.array([[0, 1, 2], [0, 2, 3]])
     low = trimesh.Trimesh(corners, faces, process=False)
-    high = trimesh.Trimesh(corners + np.array([0, 0, 0.5]), faces, process=False)
+    high = trimesh.Trimesh(corners + np.array([0, 0, 0.5]), faces[:, ::-1], process=False)
     result = compare_meshes(high, low, **FEW)
     diagonal = np.sqrt(2)
     assert result["diagonal"] == pytest.approx(diagonal)
@@ -82,6 +82,15 @@ def test_topology() -> None:
     )
     result = compare_meshes(loose, torus, **FEW)
     assert (result["components"], result["euler_number"], result["genus"]) == (1, 0, 1)
+
+
+def test_the_genus_is_that_of_the_component_with_most_faces() -> None:
+    ring = trimesh.creation.torus(2.0, 0.5)
+    drop = trimesh.creation.icosphere(subdivisions=0)
+    assert len(drop.faces) < len(ring.faces)
+    for parts in ([drop, ring], [ring, drop]):
+        both = trimesh.util.concatenate(parts)
+        assert _topology(np.asarray(both.faces))["genus"] == 1
 
 
 def test_seed() -> None:

@@ -327,6 +327,22 @@ def test_rows_of_a_tape_in_any_order():
             close(f, s)
 
 
+@pytest.mark.parametrize("new_first", [True, False])
+def test_a_tape_of_which_a_part_is_of_other_parameters_is_not_used(new_first):
+    net, field = network("skip")
+    old = ls.level_points(field, points(20))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.1)
+    new = ls.level_points(field, points(15, seed=2))
+    both = LevelSetResult.cat([new, old] if new_first else [old, new])
+    weight = torch.linspace(1, 2, 35, dtype=torch.float64)[:, None]
+    fast = gradients((ls.sample_network(field, both) * weight).sum(), net)
+    slow = gradients((ls.sample_network(net, both) * weight).sum(), net)
+    for f, s in zip(fast, slow, strict=True):
+        close(f, s)
+
+
 @pytest.mark.parametrize("how", ["in place", "data", "loaded"])
 def test_a_changed_parameter_is_noticed(how):
     net, field = network("skip")

@@ -65,6 +65,19 @@ def test_an_estimate_without_a_dense_sampling_agrees_with_one() -> None:
     assert wide.largest_gap == pytest.approx(0.17, abs=0.06)
 
 
+def test_a_sample_that_is_far_away_is_no_gap() -> None:
+    points = torch.tensor([[0.0, 0.0], [5.0, 0.0]], dtype=DTYPE)
+    assert coverage(points, points[:1]) == (1.25, 5.0, 0.0)
+
+
+def test_nothing_outside_the_box_has_to_be_covered() -> None:
+    circle = dense_circle()[::400]
+    half, spacing = circle[circle[:, 0] <= 1e-9], 2 * math.pi / 50
+    for box, gap in ((None, 2.0), ((-2.0, (0.0, 2.0)), 0.6), (((-2.0, -2.0), 0.0), 0.6)):
+        found = estimate_coverage(sphere, half, box=box, probes=50, generator=seeded())
+        assert (found.largest_gap < gap * spacing) == (box is not None)
+
+
 def test_a_thin_ellipsoid_is_covered_evenly_by_area() -> None:
     axes = torch.tensor([1.0, 0.2, 0.3], dtype=DTYPE)
 

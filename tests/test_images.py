@@ -166,6 +166,14 @@ def test_bad_cifar_batches(tmp_path: Path, content: Any, message: str) -> None:
         read_cifar_pickle(tmp_path / "a")
 
 
+def test_a_pickled_batch_by_columns_is_read_by_rows(tmp_path: Path) -> None:
+    data = RANDOM.integers(0, 256, (2, 3072), np.uint8)
+    batch = {b"data": np.asfortranarray(data), b"labels": [1, 2]}
+    (tmp_path / "a").write_bytes(pickle.dumps(batch, protocol=2))
+    images, _ = read_cifar_pickle(tmp_path / "a")
+    assert np.array_equal(images.reshape(2, -1), data)
+
+
 def test_truncated_pickle(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(pickle.dumps({b"data": DATA, b"labels": [1, 2]})[:-50])
     with pytest.raises(InputError, match="cannot unpickle it"):

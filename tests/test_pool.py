@@ -62,6 +62,14 @@ def test_points_that_are_lost_are_drawn_anew():
     assert torch.isfinite(pool.points).all()
 
 
+def test_a_point_that_the_box_holds_stays():
+    pool = pool_of(20, fresh=0.0, box=(-1.0, 1.0))
+    first, second = (pool.draw(lambda x: x[:, 0] - 2, 20) for _ in range(2))
+    assert (first.status == Status.STALLED).all()
+    order = [result.points[:, 1].sort().values for result in (first, second)]
+    assert torch.equal(*order)
+
+
 def test_an_unfinished_point_goes_on():
     pool = pool_of(50, fresh=0.0, max_iters=1)
     quadric = problems.Quadric()
@@ -150,6 +158,15 @@ def test_a_state_can_be_gone_back_to_more_than_once():
             pool.draw(sphere, 40)
     for name, value in before.items():
         assert torch.equal(kept[name], value) if torch.is_tensor(value) else kept[name] == value
+
+
+def test_points_that_are_lost_do_not_change_the_state_they_came_from():
+    pool = pool_of(20)
+    kept = copy.deepcopy(pool.state_dict())
+    pool.load_state_dict(kept)
+    pool.draw(lambda x: math.nan * x[:, 0], 20)
+    assert pool.state_dict()["lost"].all()
+    assert not kept["lost"].any()
 
 
 def test_a_state_of_another_size_is_refused():

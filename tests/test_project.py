@@ -297,6 +297,13 @@ def test_a_level_that_is_not_finite_is_a_bad_row():
     assert r.status.tolist() == [S.CONVERGED, S.NON_FINITE, S.NON_FINITE]
 
 
+def test_a_point_that_is_not_finite_is_a_bad_row_although_its_value_is():
+    x = torch.tensor([[math.inf, 0.0]], dtype=F64)
+    r = ls.project(lambda x: torch.tanh(x).sum(1), x, 1.0, max_iters=0)
+    assert r.residual.tolist() == [0.0]
+    assert r.status.tolist() == [S.NON_FINITE]
+
+
 def test_parallel_gradients_are_rank_deficient():
     def fn(x):
         return torch.stack([x.sum(1), 2 * x.sum(1) + 1], 1)
