@@ -359,12 +359,12 @@ def _speed(book: Book, start: str) -> str:
 def _robust_advice(book: Book) -> list[list[str]]:
     rows = []
     for one in book.found:
+        verdict = {
+            "even": "either, AutoAttack does not tell them apart",
+            "ahead": "ours",
+            "behind": one.who,
+        }[one.verdict]
         if one.what.startswith("MNIST, 51 min: AutoAttack"):
-            verdict = {
-                "even": "either, AutoAttack does not tell them apart",
-                "ahead": "ours",
-                "behind": one.who,
-            }[one.verdict]
             rows.append(
                 [
                     "an hour of one core for a robust classifier of MNIST's size",
@@ -384,8 +384,7 @@ def _robust_advice(book: Book) -> list[list[str]]:
             rows.append(
                 [
                     "a minute of one core, small images",
-                    f"AutoAttack leaves {one.ours:.1f} % with ours, {one.other:.1f} % with "
-                    f"{one.who}",
+                    f"{verdict} ({one.ours:.1f} against {one.other:.1f} %, {one.who})",
                 ]
             )
     return rows
