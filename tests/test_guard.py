@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -13,10 +14,12 @@ import torch
 from test_reconstruct_command import SMALL, small_cloud
 from torch import nn
 
+from levelset_ext.data.images import Images
 from levelset_ext.objectives import OBJECTIVES, CrossEntropy, Step
 from levelset_ext.recipes import reconstruct as recipe
 from levelset_ext.recipes.files import load_checkpoint
 from levelset_ext.recipes.guard import MOST, Guard
+from levelset_ext.recipes.training import TrainConfig, Training
 
 
 class Walk:
@@ -145,6 +148,35 @@ def test_a_state_with_a_smaller_share_is_not_kept() -> None:
     walk.take(25, 1.0, share=0.98)  # not bad, and not as good as before
     walk.take(50, 8.0, share=0.98)
     assert walk.guard.returns[0]["back_to"] == 300
+
+
+def test_a_state_with_a_larger_loss_is_not_kept() -> None:
+    guard = Guard(nn.Linear(1, 1))
+    guard.begin(0)
+    for step in range(1, 451):
+        loss = 1.0 if step <= 375 else 1.5 if step <= 400 else 8.0  # 1.5 is not bad
+        guard.after(step, loss, usable=True)
+    assert [(e["step"], e["back_to"]) for e in guard.returns] == [(450, 300)]
+
+
+def test_two_returns_to_one_state_bring_back_the_same_momentum() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
+
+    def move(gradient: float) -> None:
+        module.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+
+    move(1.0)
+    guard = Guard(module, optimizer)
+    guard.begin(0)
+    found: list[float] = []
+    for _ in range(2):
+        move(8.0)
+        for step in range(5):
+            guard.after(step, math.nan, usable=False)
+        found.append(float(optimizer.state[module.weight]["momentum_buffer"]))
+    assert found == [1.0, 1.0]
 
 
 def test_every_share_counts_and_the_message_names_the_one_that_fell() -> None:
@@ -336,6 +368,22 @@ def test_weights_of_nan_are_not_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.training.guard.sound()
     kept = load_checkpoint(tmp_path / "checkpoint.pt", recipe.KIND)["training"]["network"]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
+
+
+def test_the_average_of_the_weights_goes_back_with_them() -> None:
+    random = torch.Generator().manual_seed(0)
+    data = Images(torch.rand(8, 1, 2, 2, generator=random), torch.arange(8) % 2, "noise", 2)
+    config = TrainConfig(batch=4, steps=20, lr=0.1, lr_warmup=0.0, ema=0.9)
+    training = Training(data, config, network=nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    start = copy.deepcopy(training.result.state_dict())
+    for _ in range(3):
+        training.advance()
+    assert not torch.equal(training.result.state_dict()["1.weight"], start["1.weight"])
+    for step in range(4, 9):
+        training.guard.after(step, math.nan, usable=False)
+    assert training.guard.returns[0]["back_to"] == 0
+    for name, tensor in training.result.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
 
 
 class Ascent(CrossEntropy):

@@ -52,6 +52,18 @@ def test_it_does_not_depend_on_the_basis_of_inputs_and_outputs() -> None:
     torch.testing.assert_close(p @ plain.detach() @ q, turned.detach(), atol=1e-6, rtol=0)
 
 
+def test_mean_squares_stay_with_their_directions_when_a_refreshment_swaps_these() -> None:
+    """The first bases have the smallest eigenvalue first, refreshed ones the largest. Adam's steps
+    of a gradient that stays the same are all of length lr."""
+    weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    optimizer = Soap([weight], 0.1, refresh=1, eps=1e-12)
+    for step in range(1, 4):
+        weight.grad = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        optimizer.step()
+        expected = -0.1 * step * torch.eye(2, dtype=torch.float64)
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-9, rtol=0)
+
+
 def test_an_ill_conditioned_fit_needs_fewer_steps_than_with_adam() -> None:
     """min |X W - Y|^2 with inputs that are strongly correlated, in float64."""
     torch.manual_seed(2)
