@@ -386,6 +386,28 @@ def test_l2_step_survives_tiny_gradients() -> None:
     assert result.robust_accuracy == 0.0
 
 
+def test_a_row_whose_gradient_is_not_a_number_stays_for_the_l2_step() -> None:
+    x = torch.full((2, 2), 0.5, dtype=torch.float64)
+    slope = torch.tensor([[3.0, 4.0], [NAN, NAN]], dtype=torch.float64)
+    start = torch.tensor([[0.0, 0.0], [0.03, 0.04]], dtype=torch.float64)
+    settings = Settings(0.2, 0.1, 1, norm="l2")
+    found = climb(lambda delta: (delta * slope).sum(1), x, start, settings)
+    expected = torch.tensor([[0.06, 0.08], [0.03, 0.04]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_row_that_a_less_likely_class_breaks_is_not_one_of_the_last_restart() -> None:
+    """The likeliest wrong class can never win; the other one does in the second run of four."""
+    weight = torch.tensor([[0.0], [0.0], [10.0]], dtype=torch.float64)
+    network = Affine(weight, torch.tensor([0.0, -0.1, -5.99], dtype=torch.float64))
+    x, y = torch.full((6, 1), 0.5, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
+    found = attacks.evaluate(
+        network, x, y, "multi-targeted", eps=0.1, step=0.05, iters=5, restarts=2
+    )
+    (record,) = found.attacks
+    assert (record.broken, record.late_restart) == (6, 0)
+
+
 def test_random_starts_fill_the_ball() -> None:
     def start(norm: str, rows: range) -> Tensor:
         return attacks.random_start((50,), rows, seed=1, restart=2, norm=norm, eps=0.3)
@@ -430,6 +452,18 @@ def test_alarm_of_deepfool_alone() -> None:
         assert result.robust_accuracy > 0
         told = attacks.alarms(result)
         assert any("rests on DeepFool alone" in sentence for sentence in told) == alarmed
+
+
+def test_alarm_of_a_weaker_attack_side_by_side_counts_the_difference() -> None:
+    network, x, y = problem()
+    names = "pgd-xent,pgd-margin"
+    found = attacks.evaluate(network, x, y, names, eps=1e-9, iters=1, cascade=False)
+    xent, other = found.attacks
+    assert xent.attacked == other.attacked == 12
+    xent.broken = other.broken = 5
+    assert not any("pgd-margin breaks" in sentence for sentence in attacks.alarms(found))
+    other.broken = 7
+    assert any("pgd-margin breaks 2 of 12 rows" in s for s in attacks.alarms(found))
 
 
 class Rounded(nn.Module):

@@ -84,6 +84,16 @@ def test_fields_that_are_not_finite_in_the_box_are_refused(fn):
             measure(fn, (-1.5, 1.5), lines=200, dim=3)
 
 
+def test_a_field_that_is_finite_but_for_its_level_set_is_refused():
+    def fn(x):
+        found = x.norm(dim=1) - 0.7
+        return torch.where(found.abs() < 1e-5, torch.nan, found)
+
+    g = torch.Generator().manual_seed(5)
+    with pytest.raises(ValueError, match=r"^fn: expected finite values, got none at \d+ crossings"):
+        surface_area(fn, UNIT, lines=20, generator=g)
+
+
 def test_bounds_that_do_not_fit_the_network():
     with pytest.raises(RuntimeError, match=r"x2 and 3x"):
         surface_area(problems.mlp(), ((-1.0, -1.0), (1.0, 1.0)), lines=10)

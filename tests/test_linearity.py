@@ -60,6 +60,15 @@ def test_a_quadratic_loss_against_a_grid(square: list[list[float]]) -> None:
     assert len(found) == 6
 
 
+def test_the_point_after_the_last_step_counts() -> None:
+    """With the loss |x|^2 a step of the width of the box ends in a corner, the exact maximum."""
+    network = WithLoss(torch.zeros(2, dtype=DTYPE), torch.eye(2, dtype=DTYPE))
+    x, y = torch.full((4, 2), 0.5, dtype=DTYPE), torch.zeros(4, dtype=torch.int64)
+    found = attacks.local_linearity(network, x, y, 0.25, steps=1, step=0.5, binary=True)
+    torch.testing.assert_close(found.gamma, torch.full((4,), 2 * 0.25**2, dtype=DTYPE))
+    torch.testing.assert_close(found.delta.abs(), torch.full((4, 2), 0.25, dtype=DTYPE))
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_network_against_a_grid_and_its_own_delta(clip: bool) -> None:
     network = mlp()

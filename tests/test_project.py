@@ -10,6 +10,7 @@ import torch
 from problems import same_bits
 
 import levelset_ext as ls
+from levelset_ext.samplers import projection
 from levelset_ext.samplers.projection import project_from
 
 S = ls.Status
@@ -360,6 +361,20 @@ def test_step_size_and_history_are_used():
     short = ls.project(three, y, max_iters=6, method="lbfgs", history=1, tol=1e-14)
     long = ls.project(three, y, max_iters=6, method="lbfgs", history=6, tol=1e-14)
     assert not same_bits(short.points, long.points)
+
+
+def test_lbfgs_takes_its_pairs_newest_first(monkeypatch):
+    orders = []
+    plain = projection._two_loop
+
+    def noted(gradient, moves, changes, order):
+        orders.append(order)
+        return plain(gradient, moves, changes, order)
+
+    monkeypatch.setattr(projection, "_two_loop", noted)
+    x = problems.points(4, 5)
+    ls.project(problems.Three(), x, max_iters=5, method="lbfgs", history=3, tol=0.0)
+    assert orders == [[], [0], [1, 0], [2, 1, 0], [0, 2, 1]]
 
 
 @pytest.mark.parametrize("method", METHODS)

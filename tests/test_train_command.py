@@ -397,6 +397,23 @@ def test_optimizers(optimizer: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 
 
+def test_the_longest_gradient_is_that_of_the_settings() -> None:
+    config = replace(small("cross-entropy"), optimizer="sgd", schedule="constant", lr=0.5)
+    config = replace(config, momentum=0.0, weight_decay=0.0, lr_warmup=0.0, clip_norm=0.01)
+    training = recipe.Training(digits(), config)
+    before = [parameter.detach().clone() for parameter in training.network.parameters()]
+    assert training.advance()["gradient_norm"] > 0.02
+    moves = zip(training.network.parameters(), before, strict=True)
+    squares = sum(float((new.detach() - old).double().square().sum()) for new, old in moves)
+    assert math.sqrt(squares) == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_both_decays_of_adam_are_those_of_the_settings() -> None:
+    config = replace(small("cross-entropy"), optimizer="adamw", momentum=0.8, beta2=0.95)
+    training = recipe.Training(digits(), config)
+    assert [group["betas"] for group in training.optimizer.param_groups] == [(0.8, 0.95)]
+
+
 def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
     config = replace(small("cross-entropy", steps=4), lr=0.01)
     training = recipe.Training(digits(), config)
@@ -433,6 +450,28 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     metrics = recipe.train(digits(), digits("test", 20), tmp_path, config)
     assert metrics["rows"] == 48
     assert "held_out_accuracy" in metrics
+
+
+def test_the_accuracy_on_the_way_is_that_of_the_held_out_rows(tmp_path: Path) -> None:
+    config = replace(small("cross-entropy", steps=30), held_out=0.2, lr=0.01)
+    test = digits()  # other labels than those trained on, so that the two accuracies differ
+    test = Images(test.images, (test.labels + 1) % 10, test.name, test.classes)
+    metrics = recipe.train(digits(), test, tmp_path, config)
+    with (tmp_path / "history.csv").open() as stream:
+        last = list(csv.DictReader(stream))[-1]
+    assert abs(metrics["held_out_accuracy"] - metrics["clean_accuracy"]) > 0.05
+    assert float(last["clean_accuracy"]) == pytest.approx(metrics["held_out_accuracy"])
+
+
+def test_the_means_of_the_last_epoch_are_of_its_steps_alone(tmp_path: Path) -> None:
+    # Three steps an epoch, a row of the table every two.
+    config = replace(small("cross-entropy", steps=6), lr=0.01)
+    metrics = recipe.train(digits(), digits("test", 20), tmp_path, config)
+    with (tmp_path / "history.csv").open() as stream:
+        loss = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
+    assert list(loss) == [2, 3, 4, 6]
+    assert metrics["last_epoch"]["loss"] == pytest.approx((loss[4] + 2 * loss[6]) / 3, rel=1e-4)
+    assert abs(loss[2] - loss[6]) > 0.05
 
 
 def test_a_tie_is_no_hit() -> None:
