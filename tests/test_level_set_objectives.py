@@ -124,6 +124,22 @@ def test_the_xent_search_adds_the_cross_entropy_at_the_ends(box: float) -> None:
     torch.testing.assert_close(gradients(net, step.loss), gradients(net, there))
 
 
+def test_eq_12_has_all_its_digits_under_autocast() -> None:
+    net, x, y = problem()
+    net, x = net.float(), x.float()
+    objective = Robust(
+        eps_correct=0.2, step=0.05, iters=8, search="xent", distance="along", ends=0.0
+    )
+
+    def gradient() -> Tensor:
+        return gradients(net, objective(net, x, y, generator=torch.Generator()).loss)
+
+    plain = gradient()
+    assert plain.abs().max() > 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-5)
+
+
 def test_examples_whose_boundary_is_out_of_reach_move_a_fresh_network() -> None:
     net, x, y = problem()
     net.b.data += 50.0  # one class everywhere, no boundary in any box

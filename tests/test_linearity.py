@@ -43,6 +43,14 @@ def test_a_loss_that_is_affine_has_none() -> None:
     assert found.max < 1e-12
 
 
+def test_the_default_step_crosses_the_box_two_and_a_half_times() -> None:
+    network, x = mlp(), torch.rand(4, 2, dtype=DTYPE)
+    y = torch.arange(4) % 3
+    left_out = attacks.local_linearity(network, x, y, 0.2, steps=3, restarts=1)
+    given = attacks.local_linearity(network, x, y, 0.2, steps=3, restarts=1, step=2.5 * 0.2 / 3)
+    assert torch.equal(left_out.gamma, given.gamma)
+
+
 @pytest.mark.parametrize("square", [[[1.0, 0.3], [0.3, 0.5]], [[1.0, 0.0], [0.0, -0.6]]])
 def test_a_quadratic_loss_against_a_grid(square: list[list[float]]) -> None:
     a = torch.tensor(square, dtype=DTYPE)

@@ -329,6 +329,14 @@ def test_no_row_bracketed_is_zero_with_a_graph():
         robust(net, x, y, samples, distance="l3")
 
 
+def test_no_row_of_a_network_without_finite_values_is_zero():
+    net = Linear([1.0, 1.0], 1e308)
+    x, y = torch.full((3, 2), 1e308, dtype=DTYPE), torch.ones(3, dtype=torch.int64)
+    assert torch.isinf(net(x)).all()
+    found = find_boundary(net, x, y, 0.0, 0.0, 0.1, 2, box=None)
+    assert robust(net, x, y, found).total == 0
+
+
 def test_all_wrong_rows_and_saturated_correct_rows():
     net, x, y, samples = affine_case()
     wrong = robust(net, x, y, samples, eps=0.4, lam=(0.0, 1.0))
