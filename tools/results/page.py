@@ -63,6 +63,9 @@ PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
     "equal_digits": (
         ("equal_digits.png", "Accuracies of seven trainings as bars; clean against worst case"),
     ),
+    "transfer_mnist": (
+        ("transfer_digits.png", "Digits: accuracies of seven networks under each other's attacks"),
+    ),
     "equal_mnist": (
         ("equal_mnist.png", "Accuracies of seven trainings as bars; clean against worst case"),
     ),
