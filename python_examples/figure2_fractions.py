@@ -339,8 +339,8 @@ def work(argv: Sequence[str] | None) -> None:
                     "high": mean + half,
                 }
             )
-        for other in OTHERS if "geometric-svm" in methods else ():
-            if other not in methods:
+        for other in OTHERS:
+            if not {"geometric-svm", other} <= results.keys():
                 continue
             both = zip(results["geometric-svm"], results[other], strict=True)
             mean, half = interval([a - b for a, b in both])
