@@ -366,9 +366,13 @@ def work(argv: Sequence[str] | None) -> None:
 
 def draw(table: list[dict[str, Any]], gains: list[dict[str, Any]], path: Path) -> None:
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    panels = 2 if gains else 1
+    figure, found = plt.subplots(1, panels, figsize=(5 * panels, 3.8), squeeze=False)
+    axes = found[0]
 
     def curve(axis: Any, rows: list[dict[str, Any]], color: str, label: str, shift: float) -> None:
+        if not rows:  # not among the --methods
+            return
         x = [100 * row["fraction"] * shift for row in rows]
         mean = [100 * row["mean"] for row in rows]
         half = [100 * (row["high"] - row["mean"]) for row in rows]
@@ -377,13 +381,14 @@ def draw(table: list[dict[str, Any]], gains: list[dict[str, Any]], path: Path) -
 
     for (method, color), shift in zip(COLORS.items(), (1, 1.04, 0.96), strict=True):
         curve(axes[0], [r for r in table if r["method"] == method], color, method, shift)
-    for other, shift in zip(OTHERS, (1.02, 0.98), strict=True):
+    for other, shift in zip(OTHERS, (1.02, 0.98), strict=True) if gains else ():
         name = f"geometric-svm minus {other}"
         rows = [row for row in gains if row["method"] == name]
         curve(axes[1], rows, COLORS[other], f"Eq. 11 minus {other}", shift)
-    axes[1].axhline(0, color=GREY, lw=1)
     axes[0].set(title="mean and 95 % interval", ylabel="test accuracy, %")
-    axes[1].set(title="paired differences", ylabel="percentage points")
+    if gains:
+        axes[1].axhline(0, color=GREY, lw=1)
+        axes[1].set(title="paired differences", ylabel="percentage points")
     shares = sorted({100 * row["fraction"] for row in table})
     for axis in axes:
         axis.set_xscale("log")
