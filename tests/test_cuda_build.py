@@ -98,6 +98,33 @@ def test_resource_check_skips_visibly_without_a_toolkit():
     assert "skipped" in run.stdout
 
 
+def test_resource_check_reads_the_log_of_a_build(tmp_path):
+    def check(text):
+        log = tmp_path / "build.log"
+        log.write_text(text)
+        script = ROOT / "tools" / "check_cuda_resources.py"
+        command = [sys.executable, script, "--log", log]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def kernel(stem, spilled=0):
+        return (
+            f"ptxas info    : Compiling entry function '_ZN53_GLOBAL__N__0_1_{stem}_cu_2_33f' for "
+            f"'sm_90'\n    8 bytes stack frame, {spilled} bytes spill stores, 0 bytes spill loads\n"
+            "ptxas info    : Used 40 registers, used 0 barriers\n"
+        )
+
+    files = [path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    run = check("".join(map(kernel, files)))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert f"{len(files)} kernels, 0 that spill" in run.stdout
+    run = check("".join(kernel(name, 4 * (name == "nearest")) for name in files))
+    assert run.returncode == 1
+    assert "spills on sm_90" in run.stderr
+    run = check("".join(kernel(name) for name in files if name != "mlp"))
+    assert run.returncode == 1
+    assert "no kernel of csrc/cuda/mlp.cu; was it built with -Xptxas -v?" in run.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_gpu_check_without_a_gpu_is_one_line_and_status_3(tmp_path):

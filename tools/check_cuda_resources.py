@@ -6,6 +6,8 @@ is indexed at run time, such as the factorisation for l > 2. Needs no GPU; witho
 says so and exits with 0.
 
     python tools/check_cuda_resources.py [--arch sm_90 ...] [--json FILE] [--markdown FILE] [--all]
+
+With --log it compiles nothing and reads what a build with NVCC_APPEND_FLAGS="-Xptxas -v" printed.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def compile_one(nvcc: Path, source: str, architecture: str, folder: Path) -> str
     return run.stderr
 
 
-def kernels(report: str, architecture: str) -> list[dict[str, Any]]:
+def kernels(report: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for block in re.split(r"(?=Compiling entry function)", report)[1:]:
         entry, stacks, used = ENTRY.search(block), STACK.findall(block), USED.search(block)
@@ -76,7 +78,7 @@ def kernels(report: str, architecture: str) -> list[dict[str, Any]]:
         found.append(
             {
                 "symbol": entry[1],
-                "architecture": architecture,
+                "architecture": entry[2],
                 "registers": int(used[1]),
                 "stack": own[0],
                 "spill_stores": own[1],
@@ -162,6 +164,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compiled(architectures: list[str], jobs: int) -> list[dict[str, Any]] | None:
+    """The kernels of all sources; None without a toolkit."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None
+    tasks = [(s, a) for s in sources("cuda") for a in architectures]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        reports = pool.map(lambda t: compile_one(nvcc, t[0], t[1], Path(folder)), tasks)
+        return [row for report in reports for row in kernels(report)]
+
+
+def logged(log: Path) -> list[dict[str, Any]]:
+    """The kernels that a build has compiled, which have to be of every file that has some."""
+    rows = kernels(log.read_text())
+    for source in sources("cuda"):
+        # The kernels are in anonymous namespaces, which nvcc names after the file.
+        if not any(f"_{Path(source).stem}_cu_" in row["symbol"] for row in rows):
+            raise RuntimeError(f"{log}: no kernel of {source}; was it built with -Xptxas -v?")
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
@@ -169,24 +192,19 @@ def main() -> int:
         "--markdown", type=Path, help="put the table into this page, between its marks"
     )
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="sm_80 sm_90 sm_100")
+    parser.add_argument("--log", type=Path, help="of a build, instead of compiling")
     parser.add_argument("--all", action="store_true", help="a line for every dtype")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     arguments = parser.parse_args()
 
-    nvcc = find_nvcc()
-    if nvcc is None:
+    try:
+        rows = logged(arguments.log) if arguments.log else compiled(arguments.arch, arguments.jobs)
+    except RuntimeError as error:
+        print(f"check_cuda_resources: {error}", file=sys.stderr)
+        return 1
+    if rows is None:
         print("check_cuda_resources: skipped, CUDA_HOME does not name a CUDA toolkit")
         return 0
-    tasks = [(s, a) for s in sources("cuda") for a in arguments.arch]
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        reports = pool.map(lambda t: compile_one(nvcc, t[0], t[1], Path(folder)), tasks)
-        try:
-            for (_, architecture), report in zip(tasks, reports, strict=True):
-                rows += kernels(report, architecture)
-        except RuntimeError as error:
-            print(f"check_cuda_resources: {error}", file=sys.stderr)
-            return 1
     for row, name in zip(rows, demangle([row["symbol"] for row in rows]), strict=True):
         describe(row, name)
 
