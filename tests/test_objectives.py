@@ -224,6 +224,31 @@ def test_trades_on_an_affine_network_is_the_divergence_of_a_corner() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_the_search_of_trades_increases_the_divergence_from_x() -> None:
+    """KL(f(x) || f(x')) and not the other way round, which has other gradients away from x."""
+    # Divergences that are not small, where the two are not alike.
+    net = Affine(2 * torch.randn(5, 4, dtype=DTYPE), 2 * torch.randn(5, dtype=DTYPE))
+    x, y = batch(24, 4, 5)
+    eps, length, steps = 0.5, 0.1, 7
+    step = Trades(1.0, eps, length, steps)(net, x, y, generator=torch.Generator().manual_seed(3))
+
+    def found(swapped: bool) -> Tensor:
+        noise = torch.randn(x.shape, dtype=DTYPE, generator=torch.Generator().manual_seed(3))
+        end = (x + 0.001 * noise).clamp(0, 1)
+        p = net(x).detach().softmax(1)
+        for _ in range(steps):
+            end.requires_grad_()
+            q = net(end).softmax(1)
+            a, b = (q, p) if swapped else (p, q)
+            (gradient,) = torch.autograd.grad((a * (a.log() - b.log())).sum(), end)
+            end = (end.detach() + length * gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+        q = net(end).detach().softmax(1)
+        return (p * (p.log() - q.log())).sum(1).mean()
+
+    torch.testing.assert_close(step.figures["divergence"], found(swapped=False))
+    assert abs(float(found(swapped=True) - step.figures["divergence"])) > 1e-3
+
+
 @pytest.mark.parametrize("logits", [1, 2])
 @pytest.mark.parametrize("loss", ["xent", "slm"])
 def test_mma_on_an_affine_network_finds_the_exact_distance(logits: int, loss: str) -> None:
@@ -344,6 +369,17 @@ def test_large_margin_of_an_affine_network_is_the_exact_distance(
     torch.testing.assert_close(step.figures["distance"], distance.detach().mean())
     for a, b in zip(gradients(step.loss, net), gradients(expected, net), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_gradient_of_large_margin_is_of_one_boundary_where_two_are_as_near() -> None:
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=DTYPE)
+    net = Affine(weight, torch.tensor([2.0, 0.0, 0.0], dtype=DTYPE))
+    x, y = torch.full((1, 2), 0.5, dtype=DTYPE), torch.zeros(1, dtype=torch.int64)
+    step = LargeMargin(3.0, eps=1e-14)(net, x, y)
+    torch.testing.assert_close(step.loss.detach(), torch.tensor(3.0 - 1.5, dtype=DTYPE))
+    step.loss.backward()
+    assert net.bias.grad is not None
+    assert sorted(net.bias.grad.tolist()) == pytest.approx([-1.0, 0.0, 1.0])
 
 
 def test_large_margin_of_one_logit() -> None:
