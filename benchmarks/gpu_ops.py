@@ -264,6 +264,30 @@ def bench_newton() -> Iterator[dict[str, Any]]:
                 yield entry
 
 
+def drive_bracket() -> None:
+    """The bracket update by every team, with rows that end early and one that turns NaN."""
+    n = 19
+    for dtype in DTYPES:
+        for d in (3, 300):
+            for team in (0, *TEAMS.values()):
+                start, end = torch.zeros(n, d), torch.randn(n, d)
+                end[2, 1], end[4] = math.nan, 0.0
+                start, end = start.to(dtype).cuda(), end.to(dtype).cuda()
+                points, state = start.clone(), ls.ops.bracket_state(n, "cuda")
+                status = torch.ones(n, dtype=torch.int8, device="cuda")
+                level = torch.full((1, 1), 0.3, dtype=dtype, device="cuda")
+
+                def values(x: torch.Tensor) -> torch.Tensor:
+                    return x.square().mean(1, keepdim=True)
+
+                both = torch.cat([values(start), values(end)], 1)
+                for k in range(4):
+                    raw.bracket_update_(
+                        points, status, state, start, end, values(points) if k else both, level,
+                        None, 1e-3, 4, k == 3, team,
+                    )  # fmt: skip
+
+
 def drive_fused() -> None:
     """The fused kernel on every tile, with rows that end at different iterations and bad rows."""
     for width, depth, l in ((20, 2, 1), (100, 2, 2), (200, 2, 1), (300, 2, 1)):  # noqa: E741
@@ -280,6 +304,11 @@ def drive_fused() -> None:
                     field.values(x)
                 mixed = MLP.from_module(net, mixed=True)
                 ls.project(mixed, x, 0.01, 3, max_step=0.5, box=(-2.0, 2.0))
+    # More rows than places on the device: what is done makes room while others run.
+    field = MLP.from_module(ImplicitMLP(3, 1, 300, 1, activation="relu").cuda())
+    with torch.no_grad():
+        for field._product in (1, 2):
+            ls.project(field, torch.randn(9000, 3).cuda(), 0.01, 2, tol=0.05)
 
 
 def drive() -> None:
@@ -309,6 +338,7 @@ def drive() -> None:
             raw.nearest(torch.randn(n, d).to(dtype).cuda(), torch.randn(m, d).to(dtype).cuda())
         start, end = torch.zeros(50, 3).to(dtype).cuda(), torch.randn(50, 3).to(dtype).cuda()
         ls.false_position(lambda p: p.square().sum(1) - 0.3, start, end)
+    drive_bracket()
     drive_fused()
     torch.cuda.synchronize()
     print("every kernel ran")

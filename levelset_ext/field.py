@@ -40,6 +40,7 @@ class _Cloner:
     def __init__(self) -> None:
         self._modules: dict[int, nn.Module] = {}
         self._buffers: dict[int, Tensor] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
 
     def module(self, module: nn.Module) -> nn.Module:
         # torch.compile wraps the module it was given; the wrapper cannot be cloned.
@@ -63,6 +64,7 @@ class _Cloner:
         }
         state["training"] = False
         state["_compiled_call_impl"] = None  # module.compile() keeps a call of the original here
+        state["_parameters"] = {n: self._parameter(p) for n, p in state["_parameters"].items()}
         state["_buffers"] = {name: self._buffer(b) for name, b in state["_buffers"].items()}
         state["_modules"] = {
             name: None if child is None else self.module(child)
@@ -70,6 +72,15 @@ class _Cloner:
         }
         clone.__dict__ = state
         return clone
+
+    def _parameter(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        """Itself, but a copy of one that was made in inference mode, which autograd refuses."""
+        if parameter is None or not parameter.is_inference():
+            return parameter
+        if id(parameter) not in self._parameters:
+            copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            self._parameters[id(parameter)] = copied
+        return self._parameters[id(parameter)]
 
     def _buffer(self, buffer: Tensor | None) -> Tensor | None:
         if buffer is None:
@@ -124,9 +135,6 @@ def as_constant_field(fn: Field) -> Field:
                 continue
             if id(parameter) not in constants:
                 value = parameter.detach()
-                if value.is_inference():
-                    with torch.inference_mode(False):  # else autograd refuses it
-                        value = value.clone()
                 constants[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 if value.dim() == 4 and value.device.type == "cpu":
                     filters.append(constants[id(parameter)])
@@ -165,7 +173,12 @@ class _InChunks:
         x = x.contiguous(memory_format=self.layout)
         if len(x) <= _CHUNK:
             return self.field(x)
-        return torch.cat([self.field(part) for part in x.split(_CHUNK)])
+        return torch.cat([as_rows(self.field(part)) for part in x.split(_CHUNK)])
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """As (1,) the value of a single row from a network that ends with squeeze()."""
+    return values[None] if isinstance(values, Tensor) and values.dim() == 0 else values
 
 
 def _in_eval_mode(module: nn.Module, x: Tensor) -> Tensor:
@@ -196,8 +209,8 @@ def evaluate(field: Field, x: Tensor) -> Tensor:
     if not isinstance(values, Tensor):
         raise TypeError(f"fn: expected a tensor (n,) or (n, l) back, got {type(values).__name__}")
     n = x.shape[0]
-    if values.dim() == 0 and n == 1:
-        return values[None, None]  # a network that ends with squeeze() has met a single row
+    if n == 1:
+        values = as_rows(values)
     if values.dim() == 1 and values.shape[0] == n:
         return values[:, None]
     if values.dim() == 2 and values.shape[0] == n and values.shape[1] >= 1:
@@ -238,9 +251,9 @@ def values_of(field: Field, x: Tensor) -> Tensor:
 
 def jacobian_of(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     """F and D_xF of an already prepared field; see :func:`value_and_jacobian`."""
-    compiled = getattr(field, "evaluate", None)
-    if compiled is not None and field.takes(x):  # type: ignore[attr-defined]
-        found = compiled(x)
+    # Known by a mark that no network bears, as a network may have methods of any name.
+    if getattr(type(field), "is_compiled_field", False) and field.takes(x):  # type: ignore[attr-defined]
+        found = field.evaluate(x)  # type: ignore[attr-defined]
         return found.values, found.jacobian
     # Inference mode would make tensors that autograd refuses.
     with torch.inference_mode(False), torch.enable_grad():

@@ -96,11 +96,6 @@ class Run:
         return state
 
 
-def network_digest(network: torch.nn.Module) -> str:
-    """The weights of a network, for the settings of a :class:`Run`."""
-    return digest(*network.state_dict().values())
-
-
 def images_digest(*images: Images) -> str:
     """Images with their labels, for the settings of a :class:`Run`."""
     return digest(*(tensor for some in images for tensor in (some.images, some.labels)))

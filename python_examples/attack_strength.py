@@ -55,7 +55,6 @@ from _shared import (
     arguments,
     command,
     images_digest,
-    network_digest,
     pyplot,
     save_picture,
     write_table,
@@ -67,6 +66,7 @@ from levelset_ext.data.images import Images, load_images
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.run_folder import network_digest
 
 EPS = {
     "mnist": "0,0.05,0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.6,0.8",

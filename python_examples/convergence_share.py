@@ -47,7 +47,6 @@ from _shared import (
     class_margin,
     command,
     images_digest,
-    network_digest,
     pyplot,
     quantiles,
     save_picture,
@@ -63,6 +62,7 @@ from levelset_ext.recipes.classifiers import load_classifier
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import load_checkpoint, plain, read_json, save_checkpoint
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.run_folder import network_digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.training import Training, accuracy, plain_config
 

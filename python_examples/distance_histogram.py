@@ -37,7 +37,6 @@ from _shared import (
     class_margin,
     command,
     images_digest,
-    network_digest,
     pyplot,
     quantiles,
     save_picture,
@@ -52,6 +51,7 @@ from levelset_ext.errors import InputError
 from levelset_ext.margin import prediction
 from levelset_ext.networks import build
 from levelset_ext.recipes.classifiers import load_classifier, save_classifier
+from levelset_ext.recipes.run_folder import network_digest
 
 ORDERS = {"l2": 2.0, "linf": torch.inf}
 

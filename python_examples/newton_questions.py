@@ -44,7 +44,6 @@ from _shared import (
     class_margin,
     command,
     images_digest,
-    network_digest,
     pyplot,
     quantiles,
     save_picture,
@@ -59,6 +58,7 @@ from levelset_ext.errors import InputError
 from levelset_ext.networks import build
 from levelset_ext.recipes.classifiers import classifier_state, load_classifier
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.run_folder import network_digest
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 FLOOR = 1e-8  # smaller residuals, 0 among them, are drawn here

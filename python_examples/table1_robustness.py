@@ -60,7 +60,6 @@ from _shared import (
     arguments,
     command,
     images_digest,
-    network_digest,
     pyplot,
     save_picture,
     write_table,
@@ -73,6 +72,7 @@ from levelset_ext.errors import InputError
 from levelset_ext.recipes.devices import parse_device
 from levelset_ext.recipes.files import write_json
 from levelset_ext.recipes.progress import say
+from levelset_ext.recipes.run_folder import network_digest
 from levelset_ext.recipes.settings import parse_settings
 from levelset_ext.recipes.training import TrainConfig, plain_config
 from levelset_ext.whole_files import write_whole

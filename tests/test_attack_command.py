@@ -341,6 +341,50 @@ def test_a_factory_without_weights_is_noted(
         assert (note in capsys.readouterr().err) == noted
 
 
+def test_a_run_of_other_options_is_not_gone_on_with(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scaled_network.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Scaled(nn.Module):\n"
+        "    def __init__(self, scale):\n"
+        "        super().__init__()\n"
+        "        self.scale, self.last = scale, nn.Linear(64, 10)\n"
+        "        torch.nn.init.eye_(self.last.weight)\n"
+        "    def forward(self, x): return self.last(self.scale * x.flatten(1))\n"
+        "    def get_extra_state(self): return {'note': 'no tensor'}\n"
+        "    def set_extra_state(self, state): pass\n"
+        "def make(scale):\n"
+        "    torch.manual_seed(0)\n"
+        "    return Scaled(scale)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["attack", "--data", data, "--model", "scaled_network:make", "--attack", "pgd-xent-1"]
+    words += ["--out", "run", "--resume", "--model-options"]
+    assert main([*words, '{"scale": 1}']) == 0
+    assert main([*words, '{"scale": 1}']) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    assert main([*words, '{"scale": -1}']) == 2
+    message = "expected the run of the same network, data and settings to resume, got other model"
+    assert message in capsys.readouterr().err
+
+
+def test_linearity_of_a_batch_without_a_correct_row(
+    checkpoint: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "viewed_network.py").write_text(
+        "from torch import nn\n"
+        "class Viewed(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.last = nn.Linear(64, 10)\n"
+        "    def forward(self, x): return self.last(x.view(x.size(0), -1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["attack", "--data", data, "--model", "viewed_network:Viewed", "--attack", "pgd-xent-1"]
+    assert main([*words, "--batch", "1", "--linearity"]) == 0
+
+
 def test_a_folder_of_another_kind_stays(
     checkpoint: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,6 +202,31 @@ def test_nothing_of_the_caller_changes():
     assert any(q.grad is not None and q.grad.any() for q in net.parameters())
 
 
+def test_examples_that_all_have_no_margin_have_no_point():
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(4, 3)
+            nn.init.constant_(self.last.bias, float("nan"))
+
+        def forward(self, x):
+            return self.last(x.view(x.size(0), -1))  # which no batch of nothing can take
+
+    found = find_boundary(Viewed(), torch.rand(6, 1, 2, 2), torch.zeros(6).long(), 0.3, 0.3)
+    assert len(found.rows) == 0
+
+
+def test_a_binary_network_that_ends_with_squeeze_when_one_row_is_left():
+    net, x = nn.Linear(4, 1), torch.randn(8, 4)  # at different distances, so one crosses last
+    y = (net(x)[:, 0] > 0).long()
+    settings = dict(box=None, random_start=False)
+    expected = find_boundary(net, x, y, 9.0, 9.0, 0.2, 40, **settings)
+    found = find_boundary(lambda x: net(x).squeeze(), x, y, 9.0, 9.0, 0.2, 40, **settings)
+    assert len(found.rows) == 8
+    assert torch.equal(found.rows, expected.rows)
+    torch.testing.assert_close(found.result.points, expected.result.points)
+
+
 def test_what_is_found_under_autocast_is_true_in_full_precision():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10))

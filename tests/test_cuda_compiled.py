@@ -34,6 +34,8 @@ def exact(net, x):
     """F and D_xF in float64 on the CPU."""
     import copy
 
+    with torch.no_grad():
+        net(x)  # the old weight norm then holds a leaf, which can be copied
     with compiled_fields(False):
         return ls.value_and_jacobian(copy.deepcopy(net).cpu().double(), x.cpu().double())
 
@@ -290,6 +292,24 @@ def test_what_does_not_fit_runs_as_the_module():
         assert not MLP.from_module(net).takes(x)
         result = ls.project(net, x, max_iters=1)
         close(result.values, ls.value_and_jacobian(net, result.points)[0], 1e5)
+
+
+def test_meshes_and_pictures_of_a_compiled_field():
+    pytest.importorskip("PIL")  # for pictures
+    from levelset_ext.geometry import Camera, extract_mesh, render, surface_area
+
+    net = ImplicitMLP(3, 1, 32, 2, activation="softplus", beta=100.0).init_sphere_(
+        0.6, torch.Generator().manual_seed(0)
+    )
+    net, bounds = net.cuda(), ([-1.0] * 3, [1.0] * 3)
+    field = MLP.from_module(net)
+    mesh, same = extract_mesh(field, bounds, 24), extract_mesh(net, bounds, 24)
+    assert len(mesh.vertices) == len(same.vertices) > 0
+    assert abs(mesh.vertices - same.vertices).max() < 1e-6
+    assert surface_area(field, bounds, seed=0).value > 0
+    camera = Camera.look_at((0, 0, 3.0), width=24, height=24, fov=40)
+    picture = render(field, camera)
+    assert picture.min() < picture.max()
 
 
 def test_empty_batch_and_another_stream():

@@ -45,6 +45,8 @@ def relative(x, reference):
 def test_apply_adjoint_and_update_equal_the_reference(dtype, team, l, extra):  # noqa: E741
     n, d = 37, l + extra + (5 if l == 8 else 0)
     jacobian, residual, gradient = rows(n, l, d, dtype)
+    if dtype == torch.float16:
+        residual = residual * 64  # exact; J^+ r of a long row would have few digits left otherwise
     y, status = raw.pinv_apply(jacobian, residual, team)
     assert (status == CONVERGED).all()
     assert relative(y, reference.pinv_apply(jacobian.cpu(), residual.cpu())) < TOLERANCE[dtype]

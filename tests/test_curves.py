@@ -396,6 +396,14 @@ def test_the_module_is_left_as_it_is() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_function_that_ends_with_squeeze_and_a_curve_that_leaves_the_box() -> None:
+    def plane(x: Tensor) -> Tensor:
+        return (x[:, :1] - 0.2 * x[:, 1:2]).squeeze()
+
+    (curve,) = trace_curve(plane, torch.zeros(1, 2), box=(-1, 1), step=0.1)
+    assert np.allclose(np.abs(curve.vertices[[0, -1], 1]), 1.0)
+
+
 def test_without_grad_in_inference_mode_and_in_float32() -> None:
     wanted = 2 * math.pi * 0.8
     for context in (torch.no_grad(), torch.inference_mode()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 import trimesh
 
-from levelset_ext.geometry.extract import Mesh, _case_table, extract_mesh
+from levelset_ext.geometry.extract import Mesh, _case_table, _for_the_grid, extract_mesh
+from levelset_ext.networks import MLP, ImplicitMLP
 
 Field = Callable[[torch.Tensor], torch.Tensor]
 BOX = ((-1.0, -1.0, -1.0), (1.0, 1.0, 1.0))
@@ -36,6 +38,11 @@ def sheet(x: torch.Tensor) -> torch.Tensor:
     """A plate 1/64 thick: at resolution 128 one cell, on the coarsest lattice half of one."""
     flat = (x[:, 2] - 0.0137).abs() - 1 / 128
     return torch.maximum(flat, x[:, :2].abs().amax(1) - 0.7)
+
+
+def implicit() -> ImplicitMLP:
+    net = ImplicitMLP(3, 1, 16, 2, activation="softplus", beta=100.0)
+    return net.init_sphere_(0.6, torch.Generator().manual_seed(0))
 
 
 class Net(torch.nn.Module):
@@ -275,6 +282,34 @@ def test_float32_callable() -> None:
     weight = torch.tensor([[1.0], [0.0], [0.0]])
     mesh = extract_mesh(lambda x: x @ weight - 0.1, BOX, resolution=16)
     assert np.allclose(mesh.vertices[:, 0], 0.1, atol=1e-6)
+
+
+def test_a_compiled_field_has_the_device_and_the_precision_of_its_network() -> None:
+    net = implicit()
+    for dtype in (torch.float32, torch.float64):  # a float64 copy has the last word on vertices
+        net = net.to(dtype)
+        mesh, same = (extract_mesh(fn, BOX, 24) for fn in (MLP.from_module(net), net))
+        assert np.allclose(mesh.vertices, same.vertices, atol=1e-12)
+    assert _for_the_grid(MLP.from_module(net.to("meta")))[1:] == (
+        torch.device("meta"),
+        torch.float64,
+    )
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    net = implicit()
+    expected = extract_mesh(net, BOX, 24)
+    net.lock = threading.Lock()
+    mesh = extract_mesh(net, BOX, 24)
+    assert np.allclose(mesh.vertices, expected.vertices, atol=1e-5)
+
+
+def test_a_network_that_ends_with_squeeze_and_a_batch_of_one_row() -> None:
+    net = implicit()
+    expected = extract_mesh(net, BOX, 12)
+    nodes = 13**3
+    mesh = extract_mesh(lambda x: net(x).squeeze(), BOX, 12, batch=nodes - 1)
+    assert np.allclose(mesh.vertices, expected.vertices, atol=1e-5)
 
 
 def test_infinities_are_far_away() -> None:

@@ -208,6 +208,55 @@ def test_a_network_that_ends_with_squeeze_and_a_single_row():
         ls.value_and_jacobian(lambda x: net(x).sum(), x[:2])
 
 
+def test_images_in_chunks_of_which_the_last_has_one_row():
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filters, self.last = nn.Conv2d(1, 3, 3), nn.Linear(3 * 16, 1)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.filters(x)).flatten(1)).squeeze()
+
+    net, x = Squeezed(), torch.rand(129, 1, 6, 6)
+    found = ls.project(net, x, max_iters=2)
+    torch.testing.assert_close(found.values[:, 0], net(found.points).detach())
+
+
+def test_a_network_may_have_a_method_of_any_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 1)
+
+        def forward(self, x):
+            return self.last(torch.sigmoid(self.first(x)))
+
+        def evaluate(self, loader):
+            raise AssertionError("not ours to call")
+
+        takes = values = evaluate
+
+    net, x = Named(), torch.randn(5, 3)
+    values, jacobian = ls.value_and_jacobian(net, x)
+    plain = ls.value_and_jacobian(lambda x: net(x), x)
+    assert torch.equal(values, plain[0])
+    assert torch.equal(jacobian, plain[1])
+    assert ls.level_points(net, x).converged.all()
+
+
+def test_a_network_made_in_inference_mode():
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, 1))
+    torch.manual_seed(0)
+    usual = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, 1))
+    x = torch.randn(5, 3)
+    for a, b in zip(ls.value_and_jacobian(net, x), ls.value_and_jacobian(usual, x), strict=True):
+        assert torch.equal(a, b)
+    assert ls.level_points(net, x).converged.all()
+    assert all(p.is_inference() for p in net.parameters())  # the network itself stays as it is
+
+
 def test_the_callers_tensors_are_left_alone():
     x = problems.points(6).requires_grad_()
     level, box = torch.full((6, 1), 0.1, dtype=F64), (x.detach() - 9, x.detach() + 9)

@@ -66,6 +66,8 @@ class MLP:
     Elsewhere (other devices and dtypes, points that require a gradient) the module is called.
     """
 
+    is_compiled_field = True  # what the samplers know it by
+
     def __init__(
         self, module: nn.Module, dimension: int | None = None, mixed: bool = False
     ) -> None:

@@ -27,7 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field, as_field, check_integer, check_points, jacobian_of
+from levelset_ext.field import (
+    Field,
+    as_field,
+    check_integer,
+    check_points,
+    evaluate,
+    jacobian_of,
+)
 from levelset_ext.result import LevelSetResult
 from levelset_ext.samplers import project
 
@@ -408,8 +415,7 @@ class _Problem:
         tangent: Newton on the d equations F = c, x_axis = value."""
 
         def augmented(points: Tensor) -> Tensor:
-            values = self.field(points)
-            values = values[:, None] if values.dim() == 1 else values
+            values = evaluate(self.field, points)
             return torch.cat([values, points[:, axis : axis + 1].to(values)], 1)
 
         level = torch.cat([self.level, self.level.new_tensor([value])])[None]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import scipy.ndimage
 import torch
 
-from levelset_ext.compiled import compiled_field
+from levelset_ext.compiled import MLP, compiled_field
 from levelset_ext.field import Field, evaluation_copy, value_and_jacobian
 from levelset_ext.samplers import project
 
@@ -154,20 +154,26 @@ def _alone(work: Work, x: np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
 
 def _for_the_grid(fn: Field) -> tuple[Field, torch.device, torch.dtype]:
     """F as it is evaluated on the grid, with its device and dtype."""
-    if not isinstance(fn, torch.nn.Module):
+    grid_fn: Field
+    if isinstance(fn, MLP):
+        grid_fn, module = fn, fn.module
+    elif isinstance(fn, torch.nn.Module):
+        grid_fn, module = evaluation_copy(fn), fn
+    else:
         return fn, torch.device("cpu"), torch.get_default_dtype()
-    floating = (t for t in (*fn.parameters(), *fn.buffers()) if t.is_floating_point())
+    floating = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     first = next(floating, torch.empty(0))
-    return evaluation_copy(fn), first.device, first.dtype
+    return grid_fn, first.device, first.dtype
 
 
 def _in_float64(grid_fn: Field) -> list[Field]:
     """A float64 copy of a module, the callable itself, or nothing if the module has no copy."""
-    if not isinstance(grid_fn, torch.nn.Module):
+    module = grid_fn.module if isinstance(grid_fn, MLP) else grid_fn
+    if not isinstance(module, torch.nn.Module):
         return [grid_fn]
     try:
-        return [copy.deepcopy(grid_fn).double()]
-    except RuntimeError:  # it keeps tensors that are part of a graph
+        return [copy.deepcopy(module).double()]
+    except Exception:  # it keeps tensors that are part of a graph, a lock, an open file, ...
         return []
 
 
@@ -186,6 +192,8 @@ def _evaluate(
             part = torch.from_numpy(x[at : at + batch]).to(device=device, dtype=dtype)
             compiled = compiled_field(fn, part)
             value = fn(part) if compiled is None else compiled.values(part)
+            if len(part) == 1 and value.dim() == 0:
+                value = value[None]  # a network that ends with squeeze()
             if value.shape not in ((len(part),), (len(part), 1)):
                 raise ValueError(
                     f"fn: expected values ({len(part)},) or ({len(part)}, 1) for points "

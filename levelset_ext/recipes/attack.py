@@ -48,7 +48,7 @@ from levelset_ext.recipes.classifiers import fast_order, load_classifier, load_f
 from levelset_ext.recipes.files import plain, write_json
 from levelset_ext.recipes.progress import Progress, say
 from levelset_ext.recipes.ranks import ALONE, Ranks, in_rounds, launched, restarted
-from levelset_ext.recipes.run_folder import begin_run, digest
+from levelset_ext.recipes.run_folder import begin_run, digest, network_digest
 from levelset_ext.whole_files import write_whole
 
 __all__ = ["AttackConfig", "add_attack_command", "run_attack"]
@@ -137,8 +137,8 @@ def run_attack(
         return ranks.first(lambda: _metrics(model, _known(evaluation), data, config, gamma))
     header = {
         "kind": KIND,
-        "model": digest(*model.state_dict().values()),
-        "source": None if source is None else digest(*source.state_dict().values()),
+        "model": network_digest(model),
+        "source": None if source is None else network_digest(source),
         "data": digest(data.images, data.labels),
         "data_name": data.name,
         "rows": len(data),
@@ -369,6 +369,8 @@ def _linearity(
         if ranks.main:
             progress = progress or Progress("linearity", len(data), index * config.batch)
         device, some = _device_of(model, data.images), rows(index)
+        if len(some) == 0:  # no network need take a batch of nothing
+            return data.images.new_empty(0)
         return local_linearity(
             model,
             data.images[some].to(device),

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from levelset_ext.errors import InputError
 from levelset_ext.recipes.files import plain, prepare_folder, read_json, write_json
 
-__all__ = ["begin_run", "check_apart", "check_own_files", "digest"]
+__all__ = ["begin_run", "check_apart", "check_own_files", "digest", "network_digest"]
 
 
 def begin_run(
@@ -113,6 +113,27 @@ def digest(*tensors: Tensor) -> str:
         array = np.ascontiguousarray(tensor.detach().cpu().float().numpy())
         sha.update(f"{array.shape}".encode() + array.tobytes())
     return sha.hexdigest()
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 of what a network computes with: its weights and buffers with their names, its
+    layers' classes, and numbers and texts among their attributes. Two networks of the same weights
+    whose ``forward`` reads another option are two."""
+    sha = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        what = digest(value) if isinstance(value, Tensor) else repr(value)
+        sha.update(f"{name}={what};".encode())
+    for name, layer in network.named_modules():
+        settings = {k: v for k, v in vars(layer).items() if k != "training" and _is_plain(v)}
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        sha.update(f"{name}:{kind}{sorted(settings.items())};".encode())
+    return sha.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | type(None))
 
 
 def _check_same_run(

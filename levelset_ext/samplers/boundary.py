@@ -19,6 +19,7 @@ from levelset_ext.field import (
     Field,
     as_constant_field,
     as_field,
+    as_rows,
     check_integer,
     check_points,
     jacobian_of,
@@ -161,13 +162,13 @@ def find_boundary(
         shrink = (_per_row("step_last", step_last, x, None) / steps) ** (1 / (iters - 1))
 
     def row_field(points: Tensor, rows: Tensor) -> Tensor:
-        return margin(field(points), labels[rows], check=False)
+        return margin(as_rows(field(points)), labels[rows], check=False)
 
     # Tensors made in inference mode could not enter the sample network afterwards.
     with torch.inference_mode(False), torch.no_grad():
         x = x.detach().clone()
         everyone = torch.arange(n, device=x.device)
-        logits = field(x.clone())
+        logits = as_rows(field(x.clone()))
         check_labels(labels, logits.shape[1] if logits.dim() == 2 else 1, "y")
         margins = margin(logits, labels, check=False).to(x.dtype)
         correct = margins > 0
@@ -264,6 +265,8 @@ def _walk(
     crossed = torch.zeros_like(correct)
     rows = torch.nonzero(torch.isfinite(margins)).squeeze(1)
     for iteration in range(iters + 1):
+        if rows.shape[0] == 0:
+            break
         here = after[rows]
         if iteration < iters:
             value, gradient = jacobian_of(partial(field, rows=rows), here)
@@ -280,8 +283,6 @@ def _walk(
             break
         stays = finite & ~over
         rows = rows[stays]
-        if rows.shape[0] == 0:
-            break
         here, origin = here[stays], x[rows]
         before[rows], values[rows, 0] = here, value[stays]
         length = steps[rows] * shrink[rows] ** iteration

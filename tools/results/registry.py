@@ -161,13 +161,15 @@ def _autoattack(
     limit: int,
     *,
     minutes: float,
+    every: int = 1,
     attack: str = "autoattack",
     data: str = "--data $MNIST",
 ) -> Result:
-    """AutoAttack on the networks that the result ``of`` has trained."""
+    """AutoAttack on the networks that the result ``of`` has trained, on ``limit`` images."""
+    images = f"--limit {limit}" if every == 1 else f"--limit {limit} --every {every}"
     files = tuple(f"{of}_autoattack_{name}.json" for name in networks)
     steps = tuple(
-        _attack(f"$WORK/{of}/train/{name}", attack, f"--limit {limit}", file, data=data)
+        _attack(f"$WORK/{of}/train/{name}", attack, images, file, data=data)
         for name, file in zip(networks, files, strict=True)
     )
     return Result(
