@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,30 @@ def test_tensorboard_has_curves_picture_and_settings(
     assert (tmp_path / "mesh.ply").read_bytes() == (whole_run[0] / "mesh.ply").read_bytes()
     reconstruct.reconstruct(cloud(), tmp_path, SMALL)
     assert not (tmp_path / FOLDER).exists()  # of the run that was replaced
+
+
+def test_tensorboard_shows_one_attempt_of_a_run_killed_before_its_first_checkpoint(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from levelset_ext.recipes.tensorboard import FOLDER, TensorBoard
+
+    for loss, steps in ((1.0, 5), (2.0, 3)):
+        board = TensorBoard()
+        board.begin(Run(tmp_path, steps=5, first=0, settings={}, training=None))
+        for step in range(1, steps + 1):
+            board.see(Moment(step, {"loss": loss}))
+        board.close()
+        time.sleep(1.1)  # the files are told apart by the second they were made in
+    events = EventAccumulator(str(tmp_path / FOLDER))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 2.0),
+        (2, 2.0),
+        (3, 2.0),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ class TensorBoard(Observer):
 
     def begin(self, run: Run) -> None:
         self.every, self.settings = max(1, round(run.steps / self.POINTS)), run.settings
-        # Of what a killed run wrote after its last checkpoint TensorBoard shows nothing.
-        purge = run.first + 1 if run.first else None
-        self._writer = self._open(str(run.out / FOLDER), purge_step=purge)
+        # Of what a killed run wrote after its last checkpoint, or before its first, TensorBoard
+        # shows nothing.
+        self._writer = self._open(str(run.out / FOLDER), purge_step=run.first + 1)
 
     def due(self, step: int, *, last: bool, saved: bool) -> bool:
         return last or step % self.every == 0
