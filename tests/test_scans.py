@@ -127,6 +127,13 @@ def test_text_points(tmp_path: Path, name: str, text: str) -> None:
     assert read_points(path).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.mark.parametrize("name", ["a.xyz", "a.off", "a.obj"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path, name: str) -> None:
+    text = {"a.xyz": "0 1 2\n3 4 5\n", "a.off": "OFF\n2 0 0\n0 1 2\n3 4 5\n"}
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.get(name, "v 0 1 2\nv 3 4 5\n").encode())
+    assert read_points(tmp_path / name).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 @pytest.mark.parametrize("dtype", ["<f4", ">f8", "i8", "u1", "f2"])
 def test_npy_points(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "a.npy"

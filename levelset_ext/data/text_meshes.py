@@ -14,6 +14,8 @@ from levelset_ext.errors import InputError
 
 __all__ = ["data_lines", "excerpt", "numbers", "read_obj", "read_off", "words"]
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors put before the first line
+
 
 def read_obj(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (v, 3) float64 and triangles (f, 3) int64, polygons as fans.
@@ -113,6 +115,8 @@ def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     with file.open("rb") as stream:
         kept, first = b"", 0
         for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
             first = first if kept else number
             kept += line
             if line.rstrip(b"\r\n").endswith(b"\\"):
@@ -131,7 +135,7 @@ def data_lines(file: Path, comments: tuple[bytes, ...]) -> Iterator[tuple[int, b
             for mark in comments:
                 line = line.split(mark, 1)[0]
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
                 yield number, line
 
