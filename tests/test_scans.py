@@ -109,6 +109,22 @@ def test_meshes_give_their_vertices(tmp_path: Path, suffix: str) -> None:
     assert mesh.volume == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 1e12])
+def test_an_stl_of_any_size_has_equal_corners_joined(tmp_path: Path, scale: float) -> None:
+    sphere = trimesh.creation.icosphere(2)
+    corners = (scale * sphere.vertices[sphere.faces]).astype(np.float32)
+    corners[:400][corners[:400] == 0] = -0.0  # equal to 0
+    soup = trimesh.Trimesh(corners.reshape(-1, 3), np.arange(960).reshape(-1, 3), process=False)
+    soup.export(tmp_path / "a.stl")
+    mesh = read_mesh(tmp_path / "a.stl")
+    assert np.array_equal(mesh.vertices[mesh.faces], corners)
+    # In the order in which the file has them, each where it is first.
+    seen = list(dict.fromkeys(map(tuple, corners.reshape(-1, 3).tolist())))
+    assert mesh.vertices.tolist() == [list(corner) for corner in seen]
+    assert len(seen) == 162
+    assert mesh.is_watertight
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -428,10 +428,19 @@ def read_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
             f"{file}: expected face indices in 0..{len(vertices) - 1}, "
             f"got {faces.min()}..{faces.max()}"
         )
-    mesh = trimesh.Trimesh(vertices, faces, process=False, validate=False)
     if suffix == ".stl":
-        mesh.merge_vertices(digits_vertex=None)
-    return mesh
+        vertices, faces = _joined(vertices, faces)
+    return trimesh.Trimesh(vertices, faces, process=False, validate=False)
+
+
+def _joined(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mesh with equal vertices joined, each where it is first. 0 and -0 are equal."""
+    # Not with trimesh, which also joins what is nearer than 1e-8, in whatever units.
+    _, first, group = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return vertices[first[order]], place[group.reshape(-1)][faces]
 
 
 def load_with_trimesh(file: Path) -> tuple[np.ndarray, np.ndarray]:
