@@ -149,6 +149,14 @@ def test_bent_images_keep_their_range_and_sharp_ones_their_values() -> None:
     assert bent(x[:0], maps[:0]).shape == (0, 1, 12, 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sharp", [False, True])
+def test_images_in_half_precision_are_bent_as_in_float32(dtype: torch.dtype, sharp: bool) -> None:
+    x = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(5)).to(dtype)
+    maps = random_affine(8, 0.2, 1.0, torch.Generator().manual_seed(6))
+    assert torch.equal(bent(x, maps, sharp=sharp), bent(x.float(), maps, sharp=sharp).to(dtype))
+
+
 def test_what_is_bent_by_one_map_goes_to_where_another_would_have_put_it() -> None:
     generator = torch.Generator().manual_seed(4)
     first, second = (random_affine(20, 0.15, 1.0, generator) for _ in range(2))

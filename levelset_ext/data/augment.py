@@ -160,11 +160,14 @@ def bent(x: Tensor, maps: Tensor, *, sharp: bool = False) -> Tensor:
         maps.to(x.device, torch.float32) * across / half[:, None],
         list(x.shape),
         align_corners=False,
-    ).to(x.dtype)
+    )
+    # Places have to be known to a small part of a pixel, which half precision cannot say.
+    given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+    grid = grid.to(x.dtype)
     if sharp:
         return functional.grid_sample(
             x, grid, mode="nearest", padding_mode="border", align_corners=False
-        )
+        ).to(given)
     out = functional.grid_sample(x, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    return out.clamp(low.clamp(max=0), high.clamp(min=0))
+    return out.clamp(low.clamp(max=0), high.clamp(min=0)).to(given)
