@@ -136,6 +136,23 @@ def test_rows_that_are_not_finite_leave_the_others():
     assert hits.t[1:].tolist() == pytest.approx([0.7, 0.7], abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_directions_may_have_any_length(dtype):
+    """Also lengths whose squares the dtype of the rays does not hold."""
+    origins = torch.tensor([[0.0, 0, -2]])
+    direction = torch.tensor([0.01, 0.02, 1.0], dtype=F64)
+
+    def found(length):
+        given = (length * direction).to(dtype).requires_grad_()
+        hits = intersect_rays(problems.Sphere(0.5).float(), origins, given, far=4.0)
+        (gradient,) = torch.autograd.grad(hits.t.sum(), given)
+        return hits.t.detach(), length * gradient.double()
+
+    t, gradient = found(1.0)
+    for length in (1e-30, 1e-22, 1e20, 1e30):
+        torch.testing.assert_close(found(length), (t, gradient), rtol=1e-5, atol=1e-6)
+
+
 def test_steps_shorter_than_the_numbers_are_apart():
     """From an origin so far away the march has to get on all the same."""
     fn = lambda x: x.norm(dim=1) - 0.7  # noqa: E731

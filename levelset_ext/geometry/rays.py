@@ -204,8 +204,8 @@ class _Rays:
         batch: int,
     ) -> None:
         origins = check_points("origins", origins).detach()
-        if origins.dim() != 2:
-            raise ValueError(f"origins: expected (n, d), got {tuple(origins.shape)}")
+        if origins.dim() != 2 or origins.shape[1] == 0:
+            raise ValueError(f"origins: expected (n, d) with d >= 1, got {tuple(origins.shape)}")
         n, d = origins.shape
         if not isinstance(directions, Tensor):
             raise TypeError(f"directions: expected a tensor, got {type(directions).__name__}")
@@ -216,12 +216,10 @@ class _Rays:
         batch = check_integer("batch", batch, 1)
         self.batch = batch
         self.origins = origins
-        given = directions.detach().to(origins).expand(n, d)
-        length = torch.linalg.vector_norm(given, dim=1, keepdim=True)
-        bad = int((~(torch.isfinite(length) & (length > 0))).sum())
+        self.unit = _unit(directions.detach().expand(n, d), origins)
+        bad = int((~torch.isfinite(self.unit).all(1)).sum())
         if bad:
             raise ValueError(f"directions: expected finite lengths > 0, got {bad} rows without")
-        self.unit = given / length
         self.near = _lengths("near", near, origins)
         self.far = _lengths("far", far, origins)
         if box is not None:
@@ -254,6 +252,15 @@ class _Rays:
             leave = torch.where(still & (offset < 0), -math.inf, leave)
             self.near = torch.maximum(self.near, enter.amax(1))
             self.far = torch.minimum(self.far, leave.amin(1))
+
+
+def _unit(directions: Tensor, like: Tensor) -> Tensor:
+    """The directions (m, d) at length 1, in the dtype of ``like``; not finite where they have no
+    finite length > 0."""
+    given = directions.to(like.device, torch.promote_types(directions.dtype, like.dtype))
+    # The squares of tiny or huge coordinates leave the range of the dtype.
+    given = given / given.detach().abs().amax(1, keepdim=True)
+    return (given / torch.linalg.vector_norm(given, dim=1, keepdim=True)).to(like.dtype)
 
 
 def _lengths(name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -483,8 +490,7 @@ def _given_rays(
     if origins.requires_grad:
         start = origins[rows]
     if directions.requires_grad:
-        given = directions.to(along.dtype).expand(origins.shape)[rows]
-        given = given / torch.linalg.vector_norm(given, dim=1, keepdim=True)
+        given = _unit(directions.expand(origins.shape)[rows], along)
         along = along + (given - given.detach())
     return along, start
 
