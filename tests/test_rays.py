@@ -153,6 +153,15 @@ def test_directions_may_have_any_length(dtype):
         torch.testing.assert_close(found(length), (t, gradient), rtol=1e-5, atol=1e-6)
 
 
+def test_an_origin_that_is_not_finite_misses_the_box_and_leaves_the_others():
+    origins = torch.tensor([[0, 0, 2.0], [0, 0, math.nan], [0, math.nan, 2], [0, 0, math.inf]])
+    for step in (None, 0.01):
+        options = {"box": (-1, 1), "step": step}
+        hits = intersect_rays(problems.Sphere(0.5), origins, -origins[0], **options)
+        assert hits.mask.tolist() == [True, False, False, False]
+        assert hits.t.tolist() == pytest.approx([1.5] + [math.inf] * 3, abs=1e-5)
+
+
 def test_steps_shorter_than_the_numbers_are_apart():
     """From an origin so far away the march has to get on all the same."""
     fn = lambda x: x.norm(dim=1) - 0.7  # noqa: E731

@@ -226,8 +226,9 @@ class _Rays:
             self._clip(*box_bounds(box, origins))
         if bool((torch.isinf(self.far) & (self.far > self.near)).any()):
             raise ValueError("far: expected a finite length where no box ends the ray, got inf")
-        span = (self.far - self.near).clamp(min=0)
-        longest = float(span.max()) if n else 0.0
+        # A ray that is not finite has no part to search, whatever near and far came to.
+        some = self.near < self.far
+        longest = float((self.far - self.near)[some].max()) if bool(some.any()) else 0.0
         if step is None:
             step = longest / _DEFAULT_STEPS or 1.0
         if not (step > 0 and math.isfinite(step)):
