@@ -67,6 +67,17 @@ def test_render():
         render(sphere, camera, color=(2.0, 0, 0))
 
 
+def test_bounds_may_be_open():
+    """Cut by a plane alone it is the picture of a box with this face that holds the rest."""
+    camera = Camera.look_at((0.5, 0, 3.0), width=24, height=24, fov=40)
+    sphere = problems.Sphere(0.7).float()
+    whole = render(sphere, camera, bounds=((-1, -1, -1), (1, 1, 0.2)))
+    away = np.inf
+    for bounds in (((-away,) * 3, (away, away, 0.2)), (None, (1, 1, 0.2))):
+        image = render(sphere, camera, bounds=bounds)
+        assert np.abs(image.astype(int) - whole).max() <= 2
+
+
 def test_dimensions_that_do_not_fit():
     camera = Camera.look_at((0, 0, 3.0), width=4, height=4)
     with pytest.raises(TypeError, match=r"^camera: expected a Camera, got tuple"):

@@ -146,8 +146,9 @@ def render(
             own device in its own dtype; another callable gets CPU tensors of the default dtype.
         camera: from :meth:`Camera.look_at`.
         level: c.
-        bounds: (lower, upper), numbers or (3,): the part of space that is shown. None shows what
-            lies nearer than twice the distance from the eye to the camera's target.
+        bounds: (lower, upper), numbers or (3,): the part of space that is shown. Where one of them
+            is infinite or None, and with None for both, it is only what lies nearer than twice the
+            distance from the eye to the camera's target.
         guide: a mesh of the level set, as from :func:`levelset_ext.geometry.extract_mesh`. Rays are
             then searched where they, or their neighbours, come near what they see of it, which
             takes few evaluations; what the mesh lacks is not found.
@@ -172,11 +173,12 @@ def render(
     outer = canvas.FRONT if color is None else _color("color", color)
     inner = canvas.BACK if inner_color is None else _color("inner_color", inner_color)
     try:
-        box_bounds(bounds, torch.empty(0, 3))
+        corners = box_bounds(bounds, torch.empty(0, 3))
     except (TypeError, ValueError) as error:
         raise ValueError(str(error).replace("box:", "bounds:", 1)) from None
     field, device, dtype = _for_the_grid(fn)
-    cutoff = math.inf if bounds is not None else 2 * camera.distance
+    closed = all(corner is not None and bool(corner.isfinite().all()) for corner in corners)
+    cutoff = math.inf if closed else 2 * camera.distance
     search = None if guide is None else _Search.along(guide, camera)
 
     def cast(column: np.ndarray, row: np.ndarray, within: float) -> _Seen:
