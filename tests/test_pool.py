@@ -62,6 +62,33 @@ def test_points_that_are_lost_are_drawn_anew():
     assert torch.isfinite(pool.points).all()
 
 
+def test_points_that_are_lost_leave_the_choice_of_the_crowded_as_it_is():
+    calls = []
+
+    def counted(count):
+        calls.append(count)
+        return torch.full((count, 3), 0.5, dtype=torch.float64)
+
+    generator = torch.Generator().manual_seed(5)
+    pool = SamplePool(40, counted, fresh=0.25, generator=generator)
+    calls.clear()
+    pool.points = torch.rand(40, 3, generator=generator, dtype=torch.float64)
+    pool.points[30:35] = pool.points[20:25] + 1e-6
+    bad = torch.tensor([0, 3, 7])
+    pool.points[bad] = math.nan
+    pool._lost[bad] = True
+    pool.points[12] = math.nan  # as a starting point may be
+    pool._replace(torch.arange(40))
+    assert calls == [10]
+    given_up = torch.nonzero((pool.points == 0.5).all(1)).squeeze(1).tolist()
+    assert len(given_up) == 10
+    assert {0, 3, 7, *range(30, 35)} <= set(given_up)
+    # With all of them given up, none is counted twice.
+    pool.fresh, pool._lost[5] = 1.0, True
+    pool._replace(torch.arange(40))
+    assert calls == [10, 40]
+
+
 def test_a_point_that_the_box_holds_stays():
     pool = pool_of(20, fresh=0.0, box=(-1.0, 1.0))
     first, second = (pool.draw(lambda x: x[:, 0] - 2, 20) for _ in range(2))

@@ -95,8 +95,9 @@ class SamplePool:
         lost = self._lost[rows]
         more = round(self.fresh * len(rows)) - int(lost.sum())
         if more > 0:
-            spacing = self._spacing(self.points[rows.to(self.points.device)]).cpu()
-            lost[torch.where(lost, torch.inf, spacing).argsort()[:more]] = True
+            kept = torch.nonzero(~lost).squeeze(1)  # what is lost is in nobody's way
+            spacing = self._spacing(self.points[rows[kept].to(self.points.device)]).cpu()
+            lost[kept[spacing.argsort()[:more]]] = True
         if bool(lost.any()):
             again = rows[lost]
             self.points[again.to(self.points.device)] = self.starts(len(again)).to(self.points)
@@ -118,7 +119,8 @@ class SamplePool:
         """(m,), distance to the nearest row before it, of the first 1024: of two points that are
         close, one is in the way."""
         points = points.flatten(1)
-        distance = torch.cdist(points, points[:_REFERENCE])
+        # Starting points may be of any kind: one that is not a number is far from all.
+        distance = torch.cdist(points, points[:_REFERENCE]).nan_to_num(torch.inf, torch.inf)
         before = torch.ones_like(distance, dtype=torch.bool).tril(-1)
         return torch.where(before, distance, torch.inf).amin(1)
 
