@@ -106,6 +106,18 @@ def test_other_levels_and_float32():
     torch.testing.assert_close(single.mean, torch.full_like(single.mean, 1 / 0.7))
 
 
+def test_the_default_dtype_changes_nothing():
+    fn, x = problems.Quadric(0.7), problems.points(4).float()
+    expected = curvature(fn, x)
+    torch.set_default_dtype(F64)
+    try:
+        found = curvature(fn, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), tensor)
+
+
 def test_relu_has_no_curvature_and_gets_a_zero_penalty():
     net = ls.networks.ImplicitMLP(3, 1, 16, 2, activation="relu").double().init_sphere_(0.5)
     x = problems.points(10)
@@ -115,6 +127,16 @@ def test_relu_has_no_curvature_and_gets_a_zero_penalty():
     assert curvature_penalty(net, x).item() == 0
     plane = curvature(lambda x: x[:, 0] + 2 * x[:, 1], x)
     assert not plane.mean.any()
+
+
+@pytest.mark.parametrize("d", [2, 3, 4])
+def test_rows_without_a_gradient_are_nan_in_every_dimension(d):
+    fn = problems.Quadric(0.7)
+    x = on(fn, 4, d)
+    x[1] = 0.0
+    for tensor in vars(curvature(fn, x)).values():
+        nan = torch.isnan(tensor).reshape(4, -1)
+        assert nan.all(1).tolist() == nan.any(1).tolist() == [False, True, False, False]
 
 
 def test_rows_without_a_gradient_are_nan_and_leave_the_others():

@@ -204,7 +204,7 @@ def _tangents(normals: Tensor) -> Tensor:
     part of the graph: when n turns, its tangents turn with it.
     """
     d = normals.shape[1]
-    sign = torch.where(normals[:, :1] < 0, -1.0, 1.0)
+    sign = torch.where(normals[:, :1] < 0, -1.0, 1.0).to(normals)
     axis = torch.zeros_like(normals[0])
     axis[0] = 1.0
     v = normals + sign * axis
@@ -225,7 +225,8 @@ def _determinant(shape: Tensor) -> Tensor:
 def _eigen(shape: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, and constant eigenvectors in columns. Rows of NaN stay NaN."""
     if shape.shape[1] == 1:
-        return shape[:, :, 0], torch.ones_like(shape).detach()
+        along = torch.ones_like(shape).masked_fill(~torch.isfinite(shape), torch.nan)
+        return shape[:, :, 0], along.detach()
     bad = ~torch.isfinite(shape).flatten(1).all(1)[:, None]
     finite = torch.where(bad[:, :, None], 0.0, shape)
     values, vectors = torch.linalg.eigh(finite.detach())
