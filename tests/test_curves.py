@@ -318,6 +318,14 @@ def test_the_budget_of_vertices() -> None:
     assert not curve.closed
 
 
+def test_a_budget_below_the_number_of_seeds_goes_to_curves() -> None:
+    trace = trace_curve(lambda x: x.norm(dim=1) - 0.5, points(200, 2), box=(-1, 1), max_points=50)
+    assert 40 < sum(len(curve) for curve in trace) <= 50
+    assert all(CurveEnd.MAX_POINTS in curve.ends for curve in trace)
+    assert "cut short by max_points, from 200 seeds" in trace.message
+    assert set(trace.seed_curve) == {-1, *range(len(trace))}
+
+
 def test_a_level_that_is_not_there_says_so() -> None:
     trace = trace_curve(sphere_and_plane, points(20), [-2.0, 0.0], box=(-2, 2))
     assert len(trace) == 0

@@ -361,7 +361,9 @@ def _message(
 ) -> str:
     if curves:
         closed = sum(curve.closed for curve in curves)
-        return f"{len(curves)} curve(s), {closed} of them closed, from {len(seeds)} seeds"
+        cut = sum(CurveEnd.MAX_POINTS in curve.ends for curve in curves)
+        short = f"{cut} cut short by max_points, " if cut else ""
+        return f"{len(curves)} curve(s), {closed} of them closed, {short}from {len(seeds)} seeds"
     if not len(seeds):
         return "no curve: no seeds"
     away = int((_numpy(seeds.converged) & ~inside).sum())
@@ -475,6 +477,7 @@ class _Tracer:
         self.max_turn, self.max_points = max_turn, max_points
         d = len(problem.low)
         self.count = 0
+        self._on_curves = 0  # vertices with a neighbour; a seed alone is no part of a curve
         self._points = np.empty((64, d))
         self._tangents = np.empty((64, d))
         self.neighbours: list[list[int]] = []
@@ -502,6 +505,7 @@ class _Tracer:
         return self.count - 1
 
     def _link(self, a: int, b: int) -> None:
+        self._on_curves += (not self.neighbours[a]) + (not self.neighbours[b])
         self.neighbours[a].append(b)
         self.neighbours[b].append(a)
 
@@ -524,8 +528,6 @@ class _Tracer:
                 candidates = np.flatnonzero(same)
                 owner[i] = candidates[distance[candidates].argmin()]
                 continue
-            if self.count >= self.max_points:
-                continue
             vertex = owner[i] = self._add(points[i], tangents[i])
             for sign in (1.0, -1.0):
                 front = _Front(int(vertex), sign, self.step)
@@ -533,12 +535,13 @@ class _Tracer:
                 self.at[vertex].append(front)
         return owner
 
+    def _has_room(self, front: _Front) -> bool:
+        """Whether the budget has a vertex for its next step, and one for a seed it starts from."""
+        needed = 1 if self.neighbours[front.vertex] else 2
+        return self._on_curves + needed <= self.max_points
+
     def run(self) -> None:
         while active := [front for front in self.fronts if front.end is None]:
-            if self.count >= self.max_points:
-                for front in active:
-                    front.end = CurveEnd.MAX_POINTS
-                return
             vertex = np.array([front.vertex for front in active])
             sign = np.array([front.sign for front in active])
             h = np.array([front.step for front in active])
@@ -548,9 +551,12 @@ class _Tracer:
             arcs = _Arcs.of(start, direction, h, target, tangent, self.max_turn)
             reached = _numpy(found.converged & found.usable)
             for i, front in enumerate(active):
-                # A front handled before may have been joined to this one, or the budget be spent.
-                if front.end is None and self.count < self.max_points:
+                # A front handled before may have been joined to this one, or have spent the budget.
+                if front.end is None and self._has_room(front):
                     self._advance(front, arcs, i, bool(reached[i]), target[i], tangent[i])
+            for front in active:
+                if front.end is None and not self._has_room(front):
+                    front.end = CurveEnd.MAX_POINTS
 
     def _advance(
         self,
