@@ -255,7 +255,8 @@ def test_summary_of_what_is_done() -> None:
     [["magic"], ["hinge", "--fractions", "0"], ["hinge", "--fractions", "a"],
      ["hinge", "--seeds", "0"], ["hinge", "--jobs", "0"], ["hinge", "--lr", "-1"],
      ["svm"], ["hinge", "--set", "nothing=1"], ["hinge", "--data", "/nowhere"],
-     ["hinge", "--engine", "steam"], ["hinge", "--address", "tcp://127.0.0.1:1"]],
+     ["hinge", "--engine", "steam"], ["hinge", "--address", "tcp://127.0.0.1:1"],
+     *(["hinge", "--classes", classes] for classes in ("0", "1", "20"))],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]

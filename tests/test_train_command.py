@@ -594,6 +594,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "epochs": (["hinge", "--epochs", "-1"], "epochs: expected a number > 0, got -1"),
     "both": (["hinge", "--epochs", "1", "--steps", "1"], "not allowed with"),
     "seed": (["hinge", "--seed", "-1"], "seed: expected a number from 0"),
+    "seed of rows": (
+        ["hinge", "--seed", "-1", "--fraction", "0.5"],
+        "seed: expected a number from 0",
+    ),
     "device": (["hinge", "--device", "abacus"], "device: expected one of cpu"),
     "threads": (["hinge", "--threads", "0"], "threads: expected at least 1"),
     "data": (["hinge", "--data", "nowhere"], "nowhere: expected a folder with images"),

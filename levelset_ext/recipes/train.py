@@ -51,6 +51,7 @@ from levelset_ext.recipes.training import (
     TrainConfig,
     Training,
     accuracy,
+    check_seed,
     make_objective,
     plain_config,
 )
@@ -405,11 +406,10 @@ def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device)
     if args.fraction is not None:
         if not 0 < args.fraction <= 1:
             raise InputError(f"fraction: expected 0 < S <= 1, got {args.fraction}")
+        check_seed(args.seed)  # it chooses the rows, before there is a config that looks at it
         rows = fraction(data.labels, args.fraction, args.seed)
         data = replace(data, images=data.images[rows], labels=data.labels[rows])
     if args.classes is not None:
-        if not 2 <= args.classes <= data.classes:
-            raise InputError(f"classes: expected 2 to {data.classes}, got {args.classes}")
         data, test = merged(data, args.classes), merged(test, args.classes)
     network, options = args.network, _options(args.network_options)
     if init is not None:
@@ -449,7 +449,9 @@ def _train_as_told(args: argparse.Namespace, ranks: Ranks, device: torch.device)
 
 
 def merged(data: Images, classes: int) -> Images:
-    """The images with their classes merged into fewer."""
+    """The images with their classes merged into fewer; InputError if there cannot be so many."""
+    if not 2 <= classes <= data.classes:
+        raise InputError(f"classes: expected 2 to {data.classes}, got {classes}")
     labels: Tensor = merge_labels(data.labels, classes, original=data.classes)
     return Images(data.images, labels, data.name, classes)
 

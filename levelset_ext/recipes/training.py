@@ -91,8 +91,7 @@ class TrainConfig:
             )
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed: expected a number from 0 to 2^63 - 1, got {self.seed}")
+        check_seed(self.seed)
         for name in ("batch", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -121,6 +120,11 @@ class TrainConfig:
             )
         if self.optimizer == "nesterov" and self.momentum == 0:
             raise InputError("momentum: expected a number > 0 with nesterov, got 0")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")
 
 
 def _one_of(name: str, value: str, names: tuple[str, ...]) -> None:
