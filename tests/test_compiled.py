@@ -695,6 +695,18 @@ def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_its_class():
     close(ls.project(net, far, max_iters=0).values, net(far))
 
 
+def test_derivatives_of_more_than_eight_outputs_are_those_of_the_module():
+    net, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 9)), torch.randn(4, 3)
+    field = MLP.from_module(net)
+    found, expected = (ls.value_and_jacobian(f, x) for f in (field, net))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    found, expected = (torch.autograd.grad(f(x).sum(), net[0].weight)[0] for f in (field, net))
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(field(x), net(x))
+
+
 def test_arguments_by_name():
     net = Named().double()
     assert isinstance(compiled_field(net, points(4)), MLP)

@@ -477,8 +477,15 @@ def test_refusals(options, message):
         ls.project(problems.mlp(), problems.points(3), method="lbfgs", **options)
 
 
-def test_more_than_eight_outputs_and_half_precision_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"^fn: expected 1 to 8 outputs for method newton, got 9"):
-        ls.project(problems.Affine(9, 12), problems.points(3, 12))
+@pytest.mark.parametrize("method", ["newton", "gradient_descent", "lbfgs"])
+def test_more_than_eight_outputs_are_refused_at_once(method):
+    net = torch.nn.Linear(12, 9).double()  # runs as its compiled field where it can
+    x = problems.points(3, 12)
+    for fn, points in ((problems.Affine(9, 12), x), (net, x), (net, x[:0])):
+        with pytest.raises(ValueError, match=r"^fn: expected 1 to 8 outputs, got 9$"):
+            ls.project(fn, points, method=method)
+
+
+def test_half_precision_is_refused_by_name():
     with pytest.raises(RuntimeError, match="expected float32 or float64 on the CPU"):
         ls.project(lambda x: x.sum(1), torch.ones(3, 2, dtype=torch.bfloat16))

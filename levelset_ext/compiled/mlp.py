@@ -63,7 +63,8 @@ class MLP:
       evaluating the network again, as long as the parameters have not changed. A gradient that
       is to have a gradient itself (``create_graph=True``) does evaluate it again.
 
-    Elsewhere (other devices and dtypes, points that require a gradient) the module is called.
+    Elsewhere (other devices and dtypes, points that require a gradient, derivatives of more than 8
+    outputs) the module is called.
     """
 
     is_compiled_field = True  # what the samplers know it by
@@ -194,7 +195,11 @@ class MLP:
         return self._cuda_plan[1] <= _shared_memory_of(device.index)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the compiled loop can evaluate these points, (n, d)."""
+        """Whether the compiled loop can evaluate F and D_xF at these points, (n, d)."""
+        return self._takes_values(x) and self.outputs <= _C.max_outputs
+
+    def _takes_values(self, x: Tensor) -> bool:
+        """The same for F alone, which may have any number of outputs."""
         if torch.compiler.is_compiling():
             return False
         self._follow()
@@ -211,10 +216,10 @@ class MLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """F(x), (n,) or (n, l) as the module returns it, differentiable in the parameters."""
-        if not self.takes(x) or x.requires_grad:
+        if not self._takes_values(x) or x.requires_grad:
             return self.module(x)
         if torch.is_grad_enabled() and any(s.requires_grad for s in self._sources):
-            if x.device.type != "cpu":
+            if x.device.type != "cpu" or self.outputs > _C.max_outputs:
                 return self.module(x)
             tape = self.evaluate(x, keep=True).tape
             assert tape is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levelset_ext import _C, ops
+from levelset_ext import ops
 from levelset_ext.compiled import MLP, compiled_field
 from levelset_ext.field import Field, as_constant_field, check_points, full_precision, values_of
 from levelset_ext.ops import level_rows
@@ -125,11 +125,6 @@ def _newton(
     lower, upper = bounds
     for iteration in range(max_iters + 1):
         values, jacobian = state.evaluate(field)
-        if values.shape[1] > _C.max_outputs:
-            raise ValueError(
-                f"fn: expected 1 to {_C.max_outputs} outputs for method newton, got "
-                f"{values.shape[1]}"
-            )
         if iteration == max_iters:
             break
         ops.newton_update_(

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from levelset_ext import _C
 from levelset_ext.field import Field, check_integer, jacobian_of
 from levelset_ext.ops import level_rows
 from levelset_ext.result import LevelSetResult, Status
@@ -105,6 +106,8 @@ class SamplerState:
         if not self._recorded:
             self._recorded = True
             n, l = self.points.shape[0], values.shape[1]  # noqa: E741
+            if l > _C.max_outputs:
+                raise ValueError(f"fn: expected 1 to {_C.max_outputs} outputs, got {l}")
             level = level_rows(self._level, n, l, self.points).expand(n, l)
             self.level = level.clone(memory_format=torch.contiguous_format)
             self.values, self.jacobian = values.clone(), jacobian.clone()
