@@ -306,6 +306,19 @@ def test_refusals(change, message):
         ls.false_position(**(arguments | change))
 
 
+@pytest.mark.parametrize(("value", "max_iters"), [(-1.0, 0), (0.0, 5)])
+def test_two_outputs_are_refused_where_known_ends_leave_nothing_to_search(value, max_iters):
+    with pytest.raises(ValueError, match=r"^fn: expected one output, .* got \(2, 2\)"):
+        ls.false_position(
+            lambda x: x[:, :2],
+            torch.zeros(2, 3),
+            torch.ones(2, 3),
+            max_iters=max_iters,
+            start_values=torch.full((2,), value),
+            end_values=torch.ones(2),
+        )
+
+
 def test_fewer_evaluations_than_plain_false_position():
     """The table is benchmarks/false_position_counts.py; here one small network."""
     torch.manual_seed(1)

@@ -155,6 +155,7 @@ def search_segments(
         jacobian = points.new_zeros(0, 1, *state.event)
         if n:  # many networks cannot reshape a batch without rows
             values, jacobian = jacobian_of(lambda x: field(x, everyone), points)
+            _check_one_output(values)  # with known ends this may be the first evaluation
         state.rows = everyone
         answers = bracket[:, _C.bracket_value, None].to(state.points.dtype)
         if rounded_ends and n:
@@ -167,9 +168,13 @@ def search_segments(
 
 def _values(field: RowField, x: Tensor, rows: Tensor) -> Tensor:
     values = values_of(lambda points: field(points, rows), x)
+    _check_one_output(values)
+    return values
+
+
+def _check_one_output(values: Tensor) -> None:
     if values.shape[1] != 1:
         raise ValueError(f"fn: expected one output, (n,) or (n, 1), got {tuple(values.shape)}")
-    return values
 
 
 def _end_values(
