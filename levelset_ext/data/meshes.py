@@ -436,11 +436,14 @@ def read_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
 def _joined(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mesh with equal vertices joined, each where it is first. 0 and -0 are equal."""
     # Not with trimesh, which also joins what is nearer than 1e-8, in whatever units.
-    _, first, group = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return vertices[first[order]], place[group.reshape(-1)][faces]
+    order = np.lexsort(vertices.T)  # stable; np.unique takes four times as long
+    new = np.ones(len(vertices), dtype=bool)
+    new[1:] = (vertices[order[1:]] != vertices[order[:-1]]).any(1)
+    first = np.empty_like(order)
+    first[order] = order[new][np.cumsum(new) - 1]
+    kept = np.zeros(len(vertices), dtype=bool)
+    kept[order[new]] = True
+    return vertices[kept], (np.cumsum(kept) - 1)[first[faces]]
 
 
 def load_with_trimesh(file: Path) -> tuple[np.ndarray, np.ndarray]:
