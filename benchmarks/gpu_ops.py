@@ -207,7 +207,9 @@ def bench_newton() -> Iterator[dict[str, Any]]:
             for number, field in enumerate(list(fields.values())[:2], 1):
                 field._product = number
             for who, field in fields.items():
-                if len(field.packed().tensors[1]) == 0 and who == "fused, mixed":
+                with field.packed() as pack:
+                    coarse = len(pack.tensors[1])
+                if coarse == 0 and who == "fused, mixed":
                     failed(f"{name}: no coarse weights for {who}")
 
             def by(field: MLP, x: Any = x) -> ls.LevelSetResult:

@@ -96,7 +96,9 @@ def move_points(
     points = result.points
     finite = _finite_rows(result)
     jacobian = result.jacobian.flatten(2)
-    if result.tape is not None and torch.is_grad_enabled() and result.tape.fits(field):
+    # A tape is no function that torch.compile or a transform of torch.func could look into.
+    usable = not torch.compiler.is_compiling() and not in_transform() and torch.is_grad_enabled()
+    if usable and result.tape is not None and result.tape.fits(field):
         values = result.tape.values()
     else:
         # Frozen, p moves by F - c, where near theta_0 nothing but rounding would be left.

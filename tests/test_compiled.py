@@ -422,6 +422,98 @@ def test_what_is_put_in_the_place_of_a_parameter_is_followed(how):
     close(field(x.clone().requires_grad_()), net(x))
 
 
+FOLLOWED = {
+    "another activation": lambda net: net.__setitem__(1, nn.Tanh()),
+    "one more layer": lambda net: net.append(nn.Tanh()),
+    "a number": lambda net: setattr(net[3], "beta", 50.0),
+    "a hook": lambda net: net.register_forward_hook(lambda module, x, out: out + 0.1),
+    "what is no perceptron": lambda net: net.insert(2, nn.LayerNorm(8).double()),
+}
+
+
+@pytest.mark.parametrize("how", FOLLOWED)
+def test_what_a_kept_field_is_made_of_is_followed(how):
+    net = nn.Sequential(
+        nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.Softplus(), nn.Linear(8, 1)
+    ).double()
+    field, x = MLP.from_module(net), points(9)
+    before = ls.level_points(field, x)
+    FOLLOWED[how](net)
+    assert not torch.allclose(field(x), before.values)
+    close(field(x), net(x))
+    close(ls.project(field, x).points, ls.project(net, x).points, 1e6)
+    found, expected = (ls.value_and_jacobian(f, x) for f in (field, net))
+    close(found[1], expected[1])
+    # What was recorded before is of another network.
+    for a, b in zip(
+        gradients(ls.sample_network(field, before).sum(), net),
+        gradients(ls.sample_network(net, before).sum(), net),
+        strict=True,
+    ):
+        close(a, b, 1e6)
+
+
+def test_a_tape_is_not_that_of_assigned_parameters():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    field = MLP.from_module(net)
+    result = ls.project(field, points(9))
+    net.load_state_dict({k: v * 1.3 for k, v in net.state_dict().items()}, assign=True)
+    moved = ls.sample_network(field, result, frozen=True)
+    close(moved, ls.sample_network(net, result, frozen=True), 1e6)
+    moved.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_memory_that_is_being_read_is_not_packed_into():
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    field = MLP.from_module(net)
+    with field.packed() as pack:
+        kept, where = pack.tensors[0].clone(), pack.tensors[0].data_ptr()
+        with torch.no_grad():
+            net[0].weight.mul_(2)
+        with field.packed() as other:
+            assert other.tensors[0].data_ptr() != where
+            where = other.tensors[0].data_ptr()
+        assert torch.equal(pack.tensors[0], kept)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with field.packed() as third:
+        assert third.tensors[0].data_ptr() == where  # nobody was at it
+
+
+def test_a_gradient_with_a_graph_where_a_row_overflows():
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        net[0].weight.mul_(30)
+    field, x = MLP.from_module(net), points(5, dtype=torch.float32)
+    x[2] = 3e38
+    result = ls.level_points(field, x)
+    assert result.status[2] == Status.NON_FINITE
+    where = ls.sample_network(field, result)
+    good = torch.arange(5) != 2
+    found = torch.autograd.grad(where[good].sum(), list(net.parameters()), create_graph=True)
+    expected = torch.autograd.grad(
+        ls.sample_network(net, result[good]).sum(), list(net.parameters())
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+def test_a_tape_inside_transforms_and_whole_graphs(fresh_compiler):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    field = MLP.from_module(net)
+    result = ls.project(field, points(9))
+    assert result.tape is not None
+
+    def total(scale):
+        return (ls.sample_network(field, result) * scale).sum()
+
+    found = torch.func.grad(total)(torch.ones((), dtype=torch.float64))
+    close(found, result.points.sum())
+    compiled = torch.compile(total, backend="eager", fullgraph=True)
+    close(compiled(torch.ones((), dtype=torch.float64)), result.points.sum())
+
+
 def test_the_field_of_a_module_that_is_gone_goes_on():
     net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)).double()
     x, field = points(5), MLP.from_module(net)

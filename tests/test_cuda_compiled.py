@@ -108,7 +108,8 @@ def test_the_kernel_is_what_runs_and_not_something_that_agrees_with_it():
 
 def test_packed_parameters_that_begin_between_two_vectors_are_refused():
     _, field = network("skip")
-    packed, *rest = field.packed().tensors
+    with field.packed() as pack:
+        packed, *rest = pack.tensors
     shifted = torch.empty(len(packed) + 1, device="cuda")[1:].copy_(packed)
     x = points(3, 3, torch.float32).cuda()
     with pytest.raises(RuntimeError, match="packed: expected memory at a multiple of 16"):

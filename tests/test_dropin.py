@@ -4,6 +4,7 @@ What test_composition.py, test_ops_autograd.py and test_compiled.py hold already
 """
 
 import copy
+import dataclasses
 import importlib
 import io
 import pickle
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import problems
 import pytest
 import torch
@@ -360,19 +362,34 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    scale: float = 1.0
+
+
 class Scaled(nn.Module):
     """Numbers kept in the places where people keep them."""
+
+    per_class = 1.0
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3, 1).double()
         self.public, self._private, self.options = 1.0, 1.0, SimpleNamespace(scale=1.0)
         self.nested = {"model": SimpleNamespace(shift=[0.0])}
+        self.slotted, self.kept, self.array = Slotted(), torch.ones(()), np.ones(1)
+        self.tree = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(scale=1.0)))
         self.register_buffer("offset", torch.zeros(1, dtype=F64))
 
     def forward(self, x):
-        scale = self.public * self._private * self.options.scale
+        scale = self.public * self._private * self.options.scale * self.per_class
+        scale *= self.slotted.scale * float(self.kept) * float(self.array[0])
+        scale *= self.tree.model.head.scale
         return self.layer(scale * x) + self.nested["model"].shift[0] + self.offset
+
+
+def _double_the_gradient(module, grad_input, grad_output):
+    return tuple(None if g is None else 2 * g for g in grad_input)
 
 
 def _set_buffer(m):
@@ -384,6 +401,13 @@ CHANGES = {
     "a private number": lambda m: setattr(m, "_private", 2.0),
     "a number in a configuration": lambda m: setattr(m.options, "scale", 2.0),
     "a number deep in one": lambda m: m.nested["model"].shift.__setitem__(0, 0.5),
+    "a number three namespaces deep": lambda m: setattr(m.tree.model.head, "scale", 2.0),
+    "a number in slots": lambda m: setattr(m.slotted, "scale", 2.0),
+    "a number of the class": lambda m: setattr(type(m), "per_class", 2.0),
+    "a tensor that is no buffer": lambda m: m.kept.fill_(2.0),
+    "an array": lambda m: m.array.fill(2.0),
+    "a hook on the whole": lambda m: m.register_forward_hook(lambda module, x, out: out + 1e-3),
+    "a backward hook": lambda m: m.layer.register_full_backward_hook(_double_the_gradient),
     "a buffer in place": lambda m: m.offset.fill_(0.3),
     "another buffer": _set_buffer,
     "a parameter through .data": lambda m: m.layer.weight.data.mul_(2),
@@ -397,12 +421,60 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_compiled_field_follows(change):
+def test_the_compiled_field_follows(change, monkeypatch):
+    monkeypatch.setattr(Scaled, "per_class", 1.0)
     net, x = Scaled(), problems.points(7)
     before = right(net, x)
     assert is_compiled(net, x)
     CHANGES[change](net)
     assert not torch.equal(right(net, x).points, before.points)
+
+
+def test_a_buffer_that_is_read_as_a_number():
+    class Sharpened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 1)
+            self.register_buffer("beta", torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.last(nn.functional.softplus(self.first(x), beta=self.beta.item()))
+
+    net, x = Sharpened().double(), problems.points(7)
+    before = right(net, x)
+    net.beta.fill_(20.0)
+    assert not torch.equal(right(net, x).points, before.points)
+
+
+def test_a_linear_layer_whose_weight_is_a_plain_tensor():
+    layer = nn.Linear(3, 1).double()
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.weight = weight
+    net, x = nn.Sequential(layer), problems.points(7)
+    before = right(net, x)
+    weight.mul_(2)
+    assert not torch.equal(right(net, x).points, before.points)
+
+
+def test_compiled_fields_are_switched_off_in_one_thread():
+    net, x = problems.mlp(), problems.points(7)
+    inside, done = threading.Event(), threading.Event()
+
+    def elsewhere():
+        with compiled_fields(False):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    inside.wait(10)
+    with compiled_fields(False):
+        assert not is_compiled(net, x)
+        done.set()
+        thread.join()
+        assert not is_compiled(net, x)
+    assert is_compiled(net, x)
 
 
 def test_the_compiled_field_follows_its_class(monkeypatch):

@@ -291,7 +291,8 @@ def packing(net: ImplicitMLP, settings: Settings) -> float | None:
     def pack() -> None:
         with torch.no_grad():
             net.last.bias.add_(0.0)
-        field.packed()
+        with field.packed():
+            pass
 
     return fastest(pack, settings.device)
 

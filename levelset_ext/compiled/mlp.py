@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from levelset_ext import _C
+from levelset_ext.compiled.signature import signature_of
 from levelset_ext.compiled.tape import Recording, Tape
 from levelset_ext.compiled.trace import Layer, NotAnMLP, Reader
 from levelset_ext.field import evaluation_copy
-from levelset_ext.result import LevelSetResult
+from levelset_ext.result import LevelSetResult, Status
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
     "none": lambda h, _: h,
@@ -33,6 +35,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
     "tanh": lambda h, _: torch.tanh(h),
     "softplus": lambda h, layer: functional.softplus(h, layer.sharpness, layer.threshold),
 }
+
+
+_NON_FINITE = int(Status.NON_FINITE)
 
 
 def in_transform() -> bool:
@@ -72,7 +77,7 @@ class MLP:
     def __init__(
         self, module: nn.Module, dimension: int | None = None, mixed: bool = False
     ) -> None:
-        self.mixed = mixed
+        self.mixed, self._given, self._compiles = mixed, dimension, True
         self._product = 0  # of the CUDA ops; other numbers are for tests and benchmarks
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             module = module._orig_mod  # type: ignore[assignment]  # torch.compile wrapped it
@@ -98,6 +103,8 @@ class MLP:
         if not self._sources:
             raise NotAnMLP("it has no parameters")
         self._pack: _Pack | None = None
+        self._packing = threading.Lock()
+        self._signature: Any = None  # of the module that it was made of, where that is watched
         self._check()
         if any(buffer._version for buffer in self.module.buffers()):
             raise NotAnMLP("its forward writes to a buffer")
@@ -146,7 +153,7 @@ class MLP:
                 f"module: expected a multilayer perceptron, got a {type(module).__name__}: {error}"
             ) from error
         # A field that `project` finds by itself is made anew by who found it.
-        field._origin = weakref.ref(module)
+        field._watch(module)
         return field
 
     @torch.no_grad()
@@ -168,19 +175,22 @@ class MLP:
         if expected.shape != found.shape or not (expected - found).abs().amax() <= rounding * scale:
             raise NotAnMLP("its output differs from what its layers say")
 
-    def _follow(self) -> None:
-        """Reads the module anew where its parameters or buffers are others by now, as after
-        ``load_state_dict(assign=True)``, ``double()`` of buffers or a layer put in its place."""
-        origin = self._origin
-        module = None if origin is None else origin()
-        if module is None:
-            return
-        now = [*module.parameters(), *module.buffers()]
-        if len(now) != len(self._sources) or any(
-            a is not b for a, b in zip(now, self._sources, strict=True)
-        ):
-            MLP.__init__(self, module, self.dimension, self.mixed)
-            self._origin = origin
+    def _watch(self, module: nn.Module) -> None:
+        self._origin, self._signature = weakref.ref(module), signature_of(module)
+
+    def _follow(self) -> bool:
+        """Reads the module anew where it is another by now, as after
+        ``load_state_dict(assign=True)``, ``double()`` of buffers, a hook or a layer put in its
+        place. False where what it is now is no perceptron, and only the module can be called."""
+        module = None if self._origin is None else self._origin()
+        if module is None or signature_of(module) == self._signature:
+            return self._compiles
+        try:
+            MLP.__init__(self, module, self._given, self.mixed)
+        except NotAnMLP:
+            self._compiles, self.module = False, evaluation_copy(module)
+        self._watch(module)
+        return self._compiles
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,9 +212,9 @@ class MLP:
         """The same for F alone, which may have any number of outputs."""
         if torch.compiler.is_compiling():
             return False
-        self._follow()
         return (
-            x.dim() == 2
+            self._follow()
+            and x.dim() == 2
             and x.shape[1] == self.dimension
             and x.dtype == self.dtype
             and self._runs_on(x.device)
@@ -230,10 +240,10 @@ class MLP:
 
     def values(self, x: Tensor) -> Tensor:
         """F(x), (n, l), without gradients."""
-        pack = self.packed()
-        return torch.ops.levelset_ext.mlp_values(
-            *pack.tensors, x.detach(), torch.get_num_threads(), self._product
-        )
+        with self.packed() as pack:
+            return torch.ops.levelset_ext.mlp_values(
+                *pack.tensors, x.detach(), torch.get_num_threads(), self._product
+            )
 
     def evaluate(self, x: Tensor, keep: bool = False) -> LevelSetResult:
         """F and D_xF at x, as a result with zero iterations."""
@@ -250,26 +260,27 @@ class MLP:
         keep: bool,
     ) -> LevelSetResult:
         """The loop behind :func:`~levelset_ext.project`; level (n, l) or (1, l)."""
-        pack = self.packed()
         keep = keep and x.device.type == "cpu"
-        points, values, jacobian, status, iterations, hidden, deltas = (
-            torch.ops.levelset_ext.mlp_project(
-                *pack.tensors,
-                x.detach(),
-                level,
-                *bounds,
-                max_iters,
-                tol,
-                max_step,
-                keep,
-                torch.get_num_threads(),
-                self._product,
+        with self.packed() as pack:
+            points, values, jacobian, status, iterations, hidden, deltas = (
+                torch.ops.levelset_ext.mlp_project(
+                    *pack.tensors,
+                    x.detach(),
+                    level,
+                    *bounds,
+                    max_iters,
+                    tol,
+                    max_step,
+                    keep,
+                    torch.get_num_threads(),
+                    self._product,
+                )
             )
-        )
         tape = None
         if keep:
-            # The loop has put zeros for a bad row into hidden and deltas: 0 times NaN is NaN.
-            finite = torch.nan_to_num(points, nan=0.0, posinf=0.0, neginf=0.0)
+            # The loop has put zeros for a bad row into hidden and deltas, and 0 times NaN is NaN;
+            # where its gradient is to have a gradient it is evaluated at 0.
+            finite = torch.where(status[:, None] == _NON_FINITE, 0.0, points)
             split = self._split(points, hidden, deltas)
             tape = Tape([(Recording(self, pack.serial, finite, values, *split), None)])
         return LevelSetResult(
@@ -299,13 +310,18 @@ class MLP:
         )
 
     def packed(self) -> _Pack:
-        """The parameters as the compiled loop reads them, packed anew where they have changed."""
-        pack = self._pack
-        if pack is not None:
-            pack.wait()
-        if pack is None or not pack.holds(self._sources):
-            plan = None if self._sources[0].device.type == "cpu" else self._cuda_plan
-            self._pack = pack = _Pack(self._layers, self._sources, self.mixed, plan, pack)
+        """The parameters as the compiled loop reads them, packed anew where they have changed; to
+        be read within ``with``, until whose end the memory is not given to others."""
+        with self._packing:
+            pack = self._pack
+            if pack is not None:
+                pack.wait()
+            if pack is None or not pack.holds(self._sources):
+                plan = None if self._sources[0].device.type == "cpu" else self._cuda_plan
+                before = None if pack is None or pack.readers else pack
+                self._pack = pack = _Pack(self._layers, self._sources, self.mixed, plan, before)
+                pack.lock = self._packing
+            pack.readers += 1
         return pack
 
     def weights(self) -> list[Tensor]:
@@ -349,6 +365,15 @@ class _Pack:
     """
 
     _serials = 0
+    lock: threading.Lock
+    readers = 0  # calls that are reading the memory
+
+    def __enter__(self) -> _Pack:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.readers -= 1
 
     @torch.no_grad()
     def __init__(
@@ -362,7 +387,8 @@ class _Pack:
         _Pack._serials += 1
         self.serial = _Pack._serials
         self._versions = _versions(sources)
-        # Memory is taken over from the pack before, unless another stream may still be reading it.
+        # Memory is taken over from the pack before, which nobody reads, unless another stream may
+        # still be at it.
         stream = _stream_of(sources[0].device)
         if before is not None and not before._streams <= {stream}:
             before = None

@@ -66,10 +66,10 @@ class Tape:
     def fits(self, fn: object) -> bool:
         """Whether it is of this field, and of the parameters as they are now."""
         mlp = self._parts[0][0].mlp
-        if mlp is not fn:
+        if mlp is not fn or not mlp._follow():
             return False
-        serial = mlp.packed().serial
-        return all(recording.serial == serial for recording, _ in self._parts)
+        with mlp.packed() as pack:
+            return all(recording.serial == pack.serial for recording, _ in self._parts)
 
     def values(self) -> Tensor:
         """F at the points, (n, l), differentiable in the parameters."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 Number = int | float
 Weights = Callable[[], Tensor]
@@ -146,6 +147,8 @@ _TRACING = threading.RLock()
 class _Tracer(fx.Tracer):
     """Records what its own thread calls, and lets other threads' modules through."""
 
+    proxy_buffer_attributes = True  # else a buffer read as a number would be kept as it is now
+
     def __init__(self) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # none is fine
         self._thread = threading.get_ident()
@@ -173,6 +176,8 @@ class Reader:
 
     def __init__(self, module: nn.Module, dimension: int | None) -> None:
         self.module = module
+        for child in module.modules():
+            _check_hooks(child)
         self.tracer = _Tracer()
         try:
             graph = self.tracer.trace(module)
@@ -247,8 +252,6 @@ class Reader:
         value = input  # the name that all of torch's layers have for it
         if isinstance(child, nn.Linear):
             return self._linear(value, *_linear_weights(child))
-        if child._forward_hooks or child._forward_pre_hooks:
-            raise NotAnMLP(f"{type(child).__name__} has forward hooks")
         if isinstance(child, nn.ReLU):
             return self._activation(value, "relu")
         if isinstance(child, nn.SiLU):
@@ -400,16 +403,32 @@ def _deferred(node: fx.Node, args: Any, kwargs: Any) -> Weights:
     return compute
 
 
-def _linear_weights(child: nn.Linear) -> tuple[Weights, Weights | None]:
+def _check_hooks(child: nn.Module) -> None:
+    """No hook runs in a compiled loop, nor with what samplers evaluate; that of torch's old
+    ``weight_norm`` is known."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        hooks = getattr(child, kind)
+        if hooks and not (kind == "_forward_pre_hooks" and _weight_norm(child) is not None):
+            raise NotAnMLP(f"{type(child).__name__} has hooks")
+
+
+def _weight_norm(child: nn.Module) -> Any:
     from torch.nn.utils.weight_norm import WeightNorm
 
+    hook: Any = next(iter(child._forward_pre_hooks.values()), None)
+    known = isinstance(child, nn.Linear) and len(child._forward_pre_hooks) == 1
+    return hook if known and isinstance(hook, WeightNorm) and hook.name == "weight" else None
+
+
+def _linear_weights(child: nn.Linear) -> tuple[Weights, Weights | None]:
+    norm = _weight_norm(child)
+    for name in ("weight", "bias"):
+        known = (*child._parameters, *child._buffers, "weight" if norm is not None else "")
+        if name not in known and not parametrize.is_parametrized(child, name):
+            raise NotAnMLP(f"the {name} of a Linear layer is neither a parameter nor a buffer")
     bias = None if child.bias is None else (lambda: child.bias)
-    if not child._forward_hooks and not child._forward_pre_hooks:
+    if norm is None:
         return (lambda: child.weight), bias
-    norm: Any = next(iter(child._forward_pre_hooks.values()), None)
-    known = len(child._forward_pre_hooks) == 1 and isinstance(norm, WeightNorm)
-    if child._forward_hooks or not known or norm.name != "weight":
-        raise NotAnMLP("a Linear layer has forward hooks")
     return (lambda: norm.compute_weight(child)), bias
 
 
