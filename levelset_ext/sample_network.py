@@ -66,6 +66,8 @@ class SampleNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, *, frozen: bool = False) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network: expected an nn.Module, got {type(network).__name__}")
         self.network = network
         self.frozen = frozen
 

@@ -388,6 +388,9 @@ def test_refusals():
         ValueError, match=r"^direction: expected the shape of result.points, \(5, 3\)"
     ):
         ls.sample_network(fn, r, direction=v[0])
+    with pytest.raises(TypeError, match=r"^network: expected an nn.Module, got MLP"):
+        # A compiled field is no module, and its parameters would be nobody's.
+        ls.SampleNetwork(ls.networks.MLP.from_module(problems.mlp()))
     with pytest.raises(TypeError, match=r"^fn: expected a module or a callable"):
         ls.sample_network(None, r)
     two, other = found("circle")
