@@ -126,6 +126,19 @@ def test_one_logit() -> None:
         assert torch.allclose(result.clean_margin, network(x)[:, 0].abs())
 
 
+def test_one_logit_of_a_network_that_ends_with_squeeze_when_one_row_is_left() -> None:
+    network, x, _ = problem(classes=1)
+    squeezed = lambda x: network(x).squeeze()  # noqa: E731
+    y = (squeezed(x) > 0).long()
+    near = (network(x)[:, 0].abs() / network.weight.abs().sum()).detach()
+    eps = float(near.sort().values[-2:].mean())  # all but one are in reach
+    size = dict(eps=eps, step=eps / 4, iters=20, binary=True)
+    result = attacks.evaluate(squeezed, x, y, "pgd-margin,deepfool", batch=len(x) - 1, **size)
+    assert int((~result.success).sum()) == 1
+    expected = attacks.evaluate(network, x, y, "pgd-margin,deepfool", batch=len(x) - 1, **size)
+    assert torch.equal(result.adversarial, expected.adversarial)
+
+
 def test_the_box_holds() -> None:
     network, x, y = problem()
     x = x.round()  # every pixel at an end of [0, 1]

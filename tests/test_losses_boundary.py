@@ -112,6 +112,20 @@ def test_two_logits_are_their_difference():
         torch.testing.assert_close(g, h)
 
 
+def test_a_single_row_of_a_network_that_ends_with_squeeze():
+    x, y = two_clouds(12)
+    net = Linear([0.7, -2.0], 0.2)
+    squeezed = lambda z: net(z).squeeze()  # noqa: E731
+    x, y = x[:1], y[:1]
+    a, b = (geometric_svm(fn, x, y).total for fn in (net, squeezed))
+    torch.testing.assert_close(a, b)
+    samples = find_boundary(net, x, y, 9.0, 9.0, 0.1, box=None)
+    assert len(samples) == 1
+    a, b = (robust(fn, x, y, samples, eps=9.0).total for fn in (net, squeezed))
+    assert a > 0
+    torch.testing.assert_close(a, b)
+
+
 def test_samples_can_be_handed_in_and_delta_is_the_smaller_side():
     class Bent(nn.Module):
         """Steeper above 0 than below: level 1 is nearer to the boundary than level -1."""

@@ -587,6 +587,18 @@ def test_one_logit_is_two(name: str) -> None:
 
 
 @every
+def test_a_single_row_of_one_logit_that_ends_with_squeeze(name: str) -> None:
+    class Squeeze(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.squeeze()
+
+    one, x, y, _ = binary()
+    squeezed = nn.Sequential(one, Squeeze())
+    a, b = (run(name, net, x[-1:], y[-1:]) for net in (one, squeezed))
+    torch.testing.assert_close(b.loss, a.loss)
+
+
+@every
 def test_images_and_a_network_that_works_in_place(name: str) -> None:
     class InPlace(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from levelset_ext.field import evaluation_copy
+from levelset_ext.field import as_rows, evaluation_copy
 from levelset_ext.margin import check_labels, two_logits
 
 __all__ = [
@@ -82,7 +82,7 @@ def attack_copy(model: LogitsFunction, *, binary: bool = False) -> LogitsFunctio
         logits = without_gradients(evaluation_copy(model))
 
     def evaluate(x: Tensor) -> Tensor:
-        out = logits(x)
+        out = as_rows(logits(x))
         if not isinstance(out, Tensor):
             raise ValueError(f"model: expected a tensor of logits, got {type(out).__name__}")
         n = x.shape[0]

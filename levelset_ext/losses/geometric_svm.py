@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from levelset_ext.field import Field, as_field, check_points
+from levelset_ext.field import Field, as_field, as_rows, check_points
 from levelset_ext.margin import check_labels, margin
 from levelset_ext.result import LevelSetResult
 from levelset_ext.sample_network import no_samples, sample_network
@@ -50,7 +50,7 @@ def binary_field(fn: Field) -> Field:
     field = as_field(fn)
 
     def scalar(x: Tensor) -> Tensor:
-        logits = field(x)
+        logits = as_rows(field(x))
         if logits.dim() == 1:
             return logits
         if logits.dim() == 2 and logits.shape[1] in (1, 2):

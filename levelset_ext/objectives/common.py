@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from levelset_ext.attacks.pgd import Settings, ascend
 from levelset_ext.attacks.prepare import LogitsFunction, without_gradients
 from levelset_ext.attacks.squares import search_squares
-from levelset_ext.field import evaluation_copy
+from levelset_ext.field import as_rows, evaluation_copy
 from levelset_ext.margin import check_labels, margin, two_logits
 
 
@@ -30,6 +30,7 @@ def evaluate(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def as_classes(logits: Tensor, n: int) -> Tensor:
     """(n, K) with K >= 2: one logit, (n,) or (n, 1), becomes two."""
+    logits = as_rows(logits)
     if logits.shape in ((n,), (n, 1)):
         return two_logits(logits)
     if logits.dim() != 2 or logits.shape[0] != n or logits.shape[1] < 2:

@@ -70,7 +70,7 @@ def margin_field(fn: Field, labels: Tensor) -> Callable[[Tensor], Tensor]:
             the rows of one label at a time, on ``f_y`` minus the largest other logit.
     """
     field = as_field(fn)
-    return lambda x: margin(field(x), labels, check=False)
+    return lambda x: margin(as_rows(field(x)), labels, check=False)
 
 
 @uncompiled
