@@ -157,6 +157,14 @@ def test_examples_whose_boundary_is_out_of_reach_move_a_fresh_network() -> None:
     assert not gradients(net, silent.loss).any()
 
 
+@BOTH
+def test_a_batch_of_nothing_has_no_mean(search: str) -> None:
+    net, x, y = problem()
+    step = Robust(search=search)(net, x[:0], y[:0])
+    assert step.loss.isnan()
+    assert step.figures["accuracy"].isnan()
+
+
 def test_wrong_examples_whose_boundary_is_in_reach_add_no_cross_entropy() -> None:
     net, x, y = problem()
     y[2:6] = 1 - y[2:6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -310,7 +311,7 @@ class Robust:
                 lam=(self.lam_correct, self.lam_wrong),
                 distance=self.distance,
             )
-        share = len(x) / count
+        share = len(x) / count if count else math.nan  # a mean of nothing, as elsewhere
         crossed = samples.crossed.sum()
         figures = {
             "correct": loss.correct * share,
