@@ -16,7 +16,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_labels", "margin", "prediction", "rival", "targeted_margin", "two_logits"]
+__all__ = [
+    "as_int64",
+    "check_labels",
+    "margin",
+    "prediction",
+    "rival",
+    "targeted_margin",
+    "two_logits",
+]
 
 
 def margin(logits: Tensor, labels: Tensor, *, check: bool = True) -> Tensor:
@@ -99,6 +107,7 @@ def check_labels(labels: Tensor, classes: int, name: str = "labels") -> None:
         raise ValueError(f"{name}: expected an integer dtype, got {labels.dtype}")
     if labels.numel() == 0:
         return
+    labels = as_int64(labels)
     low, high = (int(v) for v in torch.aminmax(labels))
     if classes == 1:
         both_conventions = low == -1 and bool((labels == 0).any())
@@ -112,6 +121,15 @@ def check_labels(labels: Tensor, classes: int, name: str = "labels") -> None:
             f"{name}: expected values in 0 ... {classes - 1} for {classes} classes, got values "
             f"from {low} to {high}"
         )
+
+
+def as_int64(labels: Tensor) -> Tensor:
+    """Integers as int64, since torch compares no wide unsigned ones. Those of uint64 that are too
+    large become the largest, and not -1, which is a label."""
+    wide = labels.to(torch.int64)
+    if labels.dtype == torch.uint64:
+        wide = torch.where(wide < 0, torch.iinfo(torch.int64).max, wide)
+    return wide
 
 
 def _prepare(logits: Tensor, labels: Tensor, check: bool) -> tuple[Tensor, Tensor]:

@@ -583,6 +583,18 @@ def test_a_start_is_that_of_the_first_restart_alone() -> None:
     assert torch.equal(given.adversarial, attacks.pgd(network, x, y, **small).adversarial)
 
 
+def test_unsigned_labels() -> None:
+    network, x, y = problem(n=3)
+    some = {"eps": 0.1, "step": 0.1, "iters": 1}
+    expected = attacks.evaluate(network, x, y, **some)
+    assert torch.equal(
+        attacks.evaluate(network, x, y.to(torch.uint16), **some).adversarial, expected.adversarial
+    )
+    single = Affine(network.weight[:1].detach(), network.bias[:1].detach())
+    with pytest.raises(ValueError, match="y: expected 0 and 1, or -1 and 1"):
+        attacks.evaluate(single, x, torch.full_like(y, -1).view(torch.uint64), binary=True)
+
+
 def test_targets_are_called_by_their_name() -> None:
     network, x, y = problem(n=3)
     one = {"eps": 0.1, "step": 0.1, "iters": 1, "objective": "targeted"}

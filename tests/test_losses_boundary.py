@@ -98,6 +98,17 @@ def test_defaults_are_linf_and_alpha_minus_1_and_labels_may_be_0_and_1():
     torch.testing.assert_close(loss.total.detach(), loss.hinge + loss.regularizer)
 
 
+def test_labels_may_be_unsigned():
+    x, y = two_clouds(10)
+    net, y = Linear([0.7, -2.0], 0.2), (y > 0).long()
+    found = find_boundary(net, x, y, 9.0, 9.0, 0.1, box=None, random_start=False)
+    for of in (
+        lambda labels: geometric_svm(net, x, labels).total,
+        lambda labels: robust(net, x, labels, found, eps=9.0).total,
+    ):
+        assert torch.equal(of(y.to(torch.uint16)), of(y))
+
+
 def test_two_logits_are_their_difference():
     x, y = two_clouds(12)
     one = Linear([0.7, -2.0], 0.2)

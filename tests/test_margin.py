@@ -30,6 +30,21 @@ def test_two_logits_and_one_logit_agree() -> None:
     assert prediction(logit).tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_labels(dtype: torch.dtype) -> None:
+    assert margin(LOGITS, torch.tensor([0, 2, 1]).to(dtype)).tolist() == [1.0, -6.0, 0.0]
+    assert margin(LOGITS[:, 0], torch.tensor([1, 0, 1]).to(dtype)).tolist() == [3.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match=r"labels: expected values in 0 ... 2 .*got .* 0 to 3"):
+        margin(LOGITS, torch.tensor([0, 3, 1]).to(dtype))
+
+
+def test_the_largest_unsigned_labels_are_no_negative_ones() -> None:
+    labels = torch.tensor([1, -1, 1]).view(torch.uint64)
+    for logits in (LOGITS, LOGITS[:, 0]):
+        with pytest.raises(ValueError, match=r"labels: expected .* got values from 1 to 9"):
+            margin(logits, labels)
+
+
 def test_cross_entropy_of_two_logits_is_the_binary_one() -> None:
     logit = torch.linspace(-5, 5, 11, dtype=torch.float64)
     labels = torch.arange(11) % 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from levelset_ext.field import as_rows, evaluation_copy
-from levelset_ext.margin import check_labels, two_logits
+from levelset_ext.margin import as_int64, check_labels, two_logits
 
 __all__ = [
     "NORMS",
@@ -162,7 +162,7 @@ def check_rows(name: str, labels: Tensor, x: Tensor) -> Tensor:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer dtype, got {labels.dtype}")
-    return labels.detach().long()
+    return as_int64(labels.detach())
 
 
 def check_classes(logits: Tensor, y: Tensor, binary: bool, name: str = "y") -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from levelset_ext.field import Field, as_field, as_rows, check_points
-from levelset_ext.margin import check_labels, margin
+from levelset_ext.margin import as_int64, check_labels, margin
 from levelset_ext.result import LevelSetResult
 from levelset_ext.sample_network import no_samples, sample_network
 from levelset_ext.samplers.at_points import level_points
@@ -151,7 +151,8 @@ def geometric_svm(
         for side, q in zip(sides, (p_below, p_above), strict=True)
     ]
     delta = torch.minimum(*widths)
-    sign = torch.sign(found.values[rows]) * torch.where(y.to(x.device)[rows] > 0, 1.0, -1.0)
+    positive = as_int64(y.to(x.device)[rows]) > 0
+    sign = torch.sign(found.values[rows]) * torch.where(positive, 1.0, -1.0)
     ratio = _norm(x[rows] - p, distance) / delta
     hinge = (1 - sign.to(x.dtype) * ratio).clamp(min=0).sum() / n
     regularizer = lam * delta.pow(alpha).sum() / n
