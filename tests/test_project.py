@@ -298,11 +298,21 @@ def test_a_level_that_is_not_finite_is_a_bad_row():
     assert r.status.tolist() == [S.CONVERGED, S.NON_FINITE, S.NON_FINITE]
 
 
-def test_a_point_that_is_not_finite_is_a_bad_row_although_its_value_is():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_point_that_is_not_finite_is_a_bad_row_although_its_value_is(method):
     x = torch.tensor([[math.inf, 0.0]], dtype=F64)
-    r = ls.project(lambda x: torch.tanh(x).sum(1), x, 1.0, max_iters=0)
+    r = ls.project(lambda x: torch.tanh(x).sum(1), x, 1.0, max_iters=0, method=method)
     assert r.residual.tolist() == [0.0]
     assert r.status.tolist() == [S.NON_FINITE]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_on_the_level_set_needs_no_gradient(method):
+    x = torch.tensor([[0.0, 0.0], [0.3, 0.4]], dtype=F64)
+    r = ls.project(lambda x: x.square().sum(1).sqrt(), x, torch.tensor([0.0, 0.5]), method=method)
+    assert r.jacobian[0].isnan().all()
+    assert r.status.tolist() == [S.CONVERGED] * 2
+    assert r.iterations.tolist() == [0, 0]
 
 
 def test_parallel_gradients_are_rank_deficient():

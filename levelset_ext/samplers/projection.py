@@ -156,10 +156,12 @@ def _judge(state: SamplerState, values: Tensor, gradient: Tensor, tol: float) ->
     """Ends running rows that are on the level set, are not finite or have nowhere to go."""
     residual = (values - state.of_rows(state.level)).abs().amax(1)
     slope = gradient.abs().amax(1)
+    near = residual <= tol  # where Newton does not look at the gradient either
+    finite = torch.isfinite(residual) & torch.isfinite(state.of_rows(state.points)).all(1)
     status = torch.full_like(state.rows, int(Status.RUNNING), dtype=torch.int8)
     status[slope == 0] = int(Status.RANK_DEFICIENT)
-    status[residual <= tol] = int(Status.CONVERGED)
-    status[~(torch.isfinite(residual) & torch.isfinite(slope))] = int(Status.NON_FINITE)
+    status[near] = int(Status.CONVERGED)
+    status[~(finite & (near | torch.isfinite(slope)))] = int(Status.NON_FINITE)
     state.status[state.rows] = status
     state.compact()
 
