@@ -269,7 +269,8 @@ def _train(training: Training, test: Images, out: Path, spent: Spent, watch: Obs
                     "cpu_seconds": spent.cpu_seconds(),
                 },
             )
-            saved = time.monotonic()
+        if saving:
+            saved = time.monotonic()  # of every process, or the others look at their weights anew
         watch.after_step(
             training.step, partial(_look, training, figures, clean), last=last, saved=saving
         )
