@@ -24,6 +24,7 @@ from levelset_ext.attacks.prepare import (
     attack_copy,
     check_batch,
     outside_inference_mode,
+    seeded_devices,
 )
 from levelset_ext.margin import margin
 
@@ -149,7 +150,6 @@ def run_advertorch(
         clip_min=0.0,
         clip_max=1.0,
     )
-    devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(seeded_devices()), torch.enable_grad():
         torch.manual_seed(seed)
         return attack.perturb(x.clone(), y.clone()).detach()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from levelset_ext.attacks.prepare import LogitsFunction
+from levelset_ext.attacks.prepare import LogitsFunction, seeded_devices
 
 __all__ = ["load_autoattack", "run_autoattack"]
 
@@ -103,10 +103,9 @@ def _quiet_and_restored() -> Iterator[None]:
     """The package seeds the global generators, sets a trace function and logs; none of it lasts."""
     logger = logging.getLogger("auto-attack")
     level, disabled, trace, state = logger.level, logger.disabled, sys.gettrace(), random.getstate()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         logger.disabled = True
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
+        with torch.random.fork_rng(seeded_devices()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

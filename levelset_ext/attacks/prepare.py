@@ -26,6 +26,7 @@ __all__ = [
     "outside_inference_mode",
     "per_row",
     "random_start",
+    "seeded_devices",
 ]
 
 LogitsFunction = Callable[[Tensor], Tensor]
@@ -51,6 +52,11 @@ def outside_inference_mode(
             return function(*args, **kwargs)
 
     return call
+
+
+def seeded_devices() -> list[int]:
+    """The devices whose random state a global seed changes, for ``torch.random.fork_rng``."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def attack_copy(model: LogitsFunction, *, binary: bool = False) -> LogitsFunction:
