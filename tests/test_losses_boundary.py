@@ -197,6 +197,21 @@ def test_one_side_of_the_boundary_is_enough():
     torch.testing.assert_close(loss.regularizer, torch.tensor(2.0, dtype=DTYPE))
 
 
+@pytest.mark.parametrize("distance", ["linf", "l2"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_side_that_is_not_finite_leaves_the_gradient_to_the_other(bad, distance):
+    x, y = two_clouds(4)
+    net = Linear([0.7, -2.0], 0.2)
+    samples = svm_samples(net, x)
+    good = geometric_svm(net, x, y, samples, lam=0.1, distance=distance).total
+    samples.below.points[0] = bad
+    loss = geometric_svm(net, x, y, samples, lam=0.1, distance=distance)
+    assert loss.used == 1
+    torch.testing.assert_close(loss.total, good)  # both sides are as far
+    for g, h in zip(gradients(loss.total, net), gradients(good, net), strict=True):
+        torch.testing.assert_close(g, h)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_first_row_that_is_none_gives_zeros_as_gradients(rows):
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()

@@ -147,7 +147,7 @@ def geometric_svm(
     three = [r[rows] for r in (found.boundary, found.below, found.above)]
     p, p_below, p_above = sample_network(field, LevelSetResult.cat(three)).split(rows.shape[0])
     widths = [
-        torch.where(side[rows], _norm(p - q, distance), torch.inf)
+        _width(side[rows], p - q, distance)
         for side, q in zip(sides, (p_below, p_above), strict=True)
     ]
     delta = torch.minimum(*widths)
@@ -169,6 +169,13 @@ def _side(boundary: LevelSetResult, side: LevelSetResult, norm: float) -> Tensor
     """(N,) bool, rows of which this side measures a width."""
     apart = torch.linalg.vector_norm((side.points - boundary.points).flatten(1), norm, dim=1)
     return side.usable & torch.isfinite(apart) & (apart > 0)
+
+
+def _width(measured: Tensor, offset: Tensor, distance: str) -> Tensor:
+    """Norm of the rows that are measured; infinite, with zeros as gradients, for the others."""
+    # Before the norm, as the gradient of the norm of a row with NaN is NaN, even times zero.
+    offset = torch.where(measured[:, None], offset.flatten(1), 1.0)
+    return torch.where(measured, _norm(offset, distance), torch.inf)
 
 
 def _norm(offset: Tensor, distance: str) -> Tensor:
