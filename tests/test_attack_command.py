@@ -18,6 +18,7 @@ from levelset_ext.cli import main
 from levelset_ext.data.images import load_images
 from levelset_ext.networks import build
 from levelset_ext.recipes.classifiers import load_classifier, save_classifier
+from levelset_ext.recipes.run_folder import digest
 
 FILES = ["adversarial.npz", "adversarial.png", "config.json", "examples.csv", "metrics.json"]
 
@@ -367,6 +368,15 @@ def test_a_run_of_other_options_is_not_gone_on_with(
     assert main([*words, '{"scale": -1}']) == 2
     message = "expected the run of the same network, data and settings to resume, got other model"
     assert message in capsys.readouterr().err
+
+
+def test_the_digest_of_double_precision_tells_all_digits_apart() -> None:
+    one = torch.ones(3, dtype=torch.float64)
+    assert digest(one) == digest(one.clone())
+    assert digest(one) != digest(one + 1e-12)
+    # What folders of earlier runs have in them.
+    known = "5d372bbeef8d5cf6954e6a8745995383ed879b076a6dcc8fa6ee8f367cb1a4ef"
+    assert digest(one.float(), torch.arange(3)) == known
 
 
 def test_linearity_of_a_batch_without_a_correct_row(

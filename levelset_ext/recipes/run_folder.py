@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from levelset_ext.errors import InputError
@@ -107,10 +108,14 @@ def _unversioned(kind: str) -> str:
 
 
 def digest(*tensors: Tensor) -> str:
-    """SHA-256 of shapes and contents, the same on every device."""
+    """SHA-256 of shapes and contents, the same on every device. Double precision counts in full;
+    every other dtype counts as float32."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        array = np.ascontiguousarray(tensor.detach().cpu().float().numpy())
+        values = tensor.detach().cpu()
+        if values.dtype != torch.float64:
+            values = values.float()
+        array = np.ascontiguousarray(values.numpy())
         sha.update(f"{array.shape}".encode() + array.tobytes())
     return sha.hexdigest()
 
