@@ -336,6 +336,10 @@ def test_a_mesh_of_several_materials_and_polygons_is_one(tmp_path: Path) -> None
     assert mesh.is_watertight
     (tmp_path / "b.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3 4\nl 1 2\n")
     assert read_mesh(tmp_path / "b.obj").faces.tolist() == [[0, 1, 2], [0, 2, 3]]
+    (tmp_path / "c.obj").write_text(
+        "v 0 0 0 # a\nv 1 0 0#b\nv 1 1 0\nf 1 2 3 # c\n#f 4\nf 1/1 3 2#"
+    )
+    assert read_mesh(tmp_path / "c.obj").faces.tolist() == [[0, 1, 2], [0, 2, 1]]
     off = "COFF\n# a square\n4 1 0\n0 0 0 255 0 0\n1 0 0\n1 1 0\n0 1 0\n\n4 0 1 2 3 0.5 0.5 0.5\n"
     (tmp_path / "b.off").write_text(off)
     assert read_mesh(tmp_path / "b.off").faces.tolist() == [[0, 1, 2], [0, 2, 3]]

@@ -26,7 +26,7 @@ def read_obj(file: Path) -> tuple[np.ndarray, np.ndarray]:
     vertices: list[list[float]] = []
     faces: list[tuple[int, int, int]] = []
     for number, line in _whole_lines(file):
-        parts = line.split()
+        parts = line.split(b"#", 1)[0].split()
         if parts[:1] == [b"v"]:
             try:
                 vertices.append([float(parts[1]), float(parts[2]), float(parts[3])])
