@@ -112,6 +112,14 @@ def test_an_attack_that_cannot_be_is_said_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_cannot_be_trained_on_are_said_before_anything_is_trained(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command(tmp_path / "out", "hinge", "--limit", "1") == 2
+    assert "data: expected images of two or more classes" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_single_seed_has_no_deviation(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["sweep", "hinge", "--out", str(tmp_path / "out"), "--seeds", "1", *WORDS]
     assert main(words) == 0

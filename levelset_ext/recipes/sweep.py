@@ -38,7 +38,7 @@ from levelset_ext.recipes.files import read_json, write_json
 from levelset_ext.recipes.progress import Progress, clock, say
 from levelset_ext.recipes.run_folder import begin_run
 from levelset_ext.recipes.settings import parse_settings
-from levelset_ext.recipes.train import merged, train
+from levelset_ext.recipes.train import check_images, merged, train
 from levelset_ext.recipes.train_presets import preset
 from levelset_ext.recipes.training import TrainConfig, new_network
 from levelset_ext.whole_files import write_whole
@@ -185,6 +185,8 @@ def sweep(
     for run in runs:
         config = _config(run, common, data)
         fraction(data.labels, run.fraction, run.seed)
+        if run.seed == runs[0].seed:
+            check_images(data, test, config)  # a share of them has the same classes
         if common.attack is not None and run.seed == runs[0].seed:
             _check_attack(common, test, config)
     order = {run.name: run for run in runs}

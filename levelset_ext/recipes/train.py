@@ -108,10 +108,7 @@ def train(
         RuntimeError: the loss was not finite for too long.
     """
     # Before anything is written.
-    _check_images("data", data, config)
-    _check_images("test", test, config)
-    if len(torch.unique(data.labels)) < 2:
-        raise InputError("data: expected images of two or more classes, got one class alone")
+    check_images(data, test, config)
     if init is not None:
         _check_init(init, config)
     training = Training(data, config, device, init, ranks)
@@ -163,6 +160,14 @@ def train(
     watch.done({}, metrics)
     ranks.first(lambda: write_json(out / "metrics.json", metrics))
     return metrics
+
+
+def check_images(data: Images, test: Images, config: TrainConfig) -> None:
+    """Raises InputError if a network of these settings cannot be trained on the images."""
+    _check_images("data", data, config)
+    _check_images("test", test, config)
+    if len(torch.unique(data.labels)) < 2:
+        raise InputError("data: expected images of two or more classes, got one class alone")
 
 
 def _check_images(name: str, data: Images, config: TrainConfig) -> None:
