@@ -542,12 +542,13 @@ class _TreeCache:
                 ):
                     self._trees.move_to_end(key)
                     return kept, tree
-        finite = np.isfinite(cloud).all(1)
+        numbers = cloud.copy()  # a tree in float64 has no copy of its own, and would change with it
+        finite = np.isfinite(numbers).all(1)
         kept = None if finite.all() else np.flatnonzero(finite)
-        points = cloud if kept is None else cloud[kept]
+        points = numbers if kept is None else numbers[kept]
         tree = cKDTree(points) if len(points) else None
         with self._lock:
-            self._trees[self._next_key] = (cloud.copy(), kept, tree)
+            self._trees[self._next_key] = (numbers, kept, tree)
             self._next_key += 1
             while len(self._trees) > self._size:
                 self._trees.popitem(last=False)

@@ -453,6 +453,20 @@ def test_what_a_kept_field_is_made_of_is_followed(how):
         close(a, b, 1e6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_of_huge_numbers(dtype):
+    net = nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1)).to(dtype)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(0.0 if parameter.dim() == 1 else 1.0)
+    x = torch.tensor([-1e38, -1e35, -1e30, -1e3, -100.0, -80.0, 80.0, 1e30], dtype=dtype)[:, None]
+    found = MLP.from_module(net).evaluate(x)
+    with compiled_fields(False):
+        values, jacobian = ls.value_and_jacobian(net, x)
+    torch.testing.assert_close(found.values, values, rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(found.jacobian, jacobian, rtol=1e-5, atol=1e-30)
+
+
 def test_a_tape_is_not_that_of_assigned_parameters():
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     field = MLP.from_module(net)

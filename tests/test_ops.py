@@ -711,6 +711,15 @@ def test_nearest_sees_a_cloud_changed_in_place():
         torch.testing.assert_close(distance, expected)
 
 
+def test_nearest_of_numbers_that_another_cloud_had_before_it_changed():
+    cloud, x = torch.rand(200, 3, dtype=torch.float64), torch.rand(50, 3, dtype=torch.float64)
+    same = cloud.clone()
+    expected = nearest_distance(x, cloud)
+    cloud.copy_(1 - cloud.flip(0))
+    for a, b in zip(nearest_distance(x, same), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nearest_with_many_clouds_in_turn():
     clouds = [problems.points(40, 3, seed=k) for k in range(7)] + [problems.points(40, 3).float()]
     x = problems.points(20, 3, seed=30)

@@ -118,6 +118,7 @@ const CoarseKernels* coarse_kernels_amx() {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
     if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+    if (!__builtin_cpu_supports("avx512bf16")) return false;  // which rounds what the tiles read
     // The kernel keeps no room for tiles unless a process asks for it: ARCH_REQ_XCOMP_PERM,
     // XTILEDATA.
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;

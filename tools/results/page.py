@@ -70,7 +70,10 @@ PICTURES: dict[str, tuple[tuple[str, str], ...]] = {
         ("equal_mnist.png", "Accuracies of seven trainings as bars; clean against worst case"),
     ),
     "equal_cifar10": (
-        ("equal_cifar10.png", "Accuracies of four trainings as bars; clean against worst case"),
+        (
+            "equal_cifar10.png",
+            "Accuracies of seven trainings as bars; clean against worst case, CIFAR10",
+        ),
     ),
     "surface_ablation": (
         ("surface_ablation.png", "How much further away the variants are, with intervals"),
