@@ -331,7 +331,7 @@ def newton_update_(
     """:func:`newton_update` in place, on the rows named by ``index``.
 
     Args:
-        points: p, (n, d), contiguous, overwritten.
+        points: p, (n, d), contiguous, overwritten. No other argument may share their memory.
         status: (n,) int8, contiguous, overwritten where a row takes part.
         values, jacobian: F and D_xF of the rows in ``index``, (m, l) and (m, l, d).
         level: c for the n points, see :func:`level_rows`.
@@ -461,6 +461,7 @@ def bracket_update_(
 
     Args:
         points: (n, d), contiguous, overwritten: where F is wanted next, or a finished row's answer.
+            No other argument may share their memory.
         status: (n,) int8, contiguous. Only ``RUNNING`` rows take part.
         bracket: state, of :func:`bracket_state`, contiguous, overwritten.
         start, end: the segments, (n, d).
