@@ -50,15 +50,7 @@ from _robustness import (
     standing,
     train_network,
 )
-from _shared import (
-    Run,
-    arguments,
-    command,
-    images_digest,
-    pyplot,
-    save_picture,
-    write_table,
-)
+from _shared import Run, arguments, command, images_digest, pyplot, save_picture, write_table
 from torch import Tensor
 
 import levelset_ext as ls

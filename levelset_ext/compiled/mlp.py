@@ -319,8 +319,9 @@ class MLP:
             if pack is None or not pack.holds(self._sources):
                 plan = None if self._sources[0].device.type == "cpu" else self._cuda_plan
                 before = None if pack is None or pack.readers else pack
-                self._pack = pack = _Pack(self._layers, self._sources, self.mixed, plan, before)
-                pack.lock = self._packing
+                self._pack = pack = _Pack(
+                    self._layers, self._sources, self.mixed, plan, before, self._packing
+                )
             pack.readers += 1
         return pack
 
@@ -365,15 +366,6 @@ class _Pack:
     """
 
     _serials = 0
-    lock: threading.Lock
-    readers = 0  # calls that are reading the memory
-
-    def __enter__(self) -> _Pack:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.readers -= 1
 
     @torch.no_grad()
     def __init__(
@@ -383,7 +375,9 @@ class _Pack:
         mixed: bool,
         cuda_plan: tuple[int, int, int] | None,
         before: _Pack | None,
+        lock: threading.Lock,
     ) -> None:
+        self.readers, self._lock = 0, lock  # calls that read the memory; counted under the lock
         _Pack._serials += 1
         self.serial = _Pack._serials
         self._versions = _versions(sources)
@@ -426,6 +420,13 @@ class _Pack:
             torch.ops.levelset_ext.mlp_pack_(*self.tensors, index, *parts)
         self._streams: set[torch.cuda.Stream | None] = {stream}  # that read it; None on the CPU
         self._ready = None if stream is None else stream.record_event()
+
+    def __enter__(self) -> _Pack:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self.readers -= 1
 
     def wait(self) -> None:
         """Has the current stream wait until the pack is there, and the memory for the stream."""

@@ -22,7 +22,7 @@ import scipy.ndimage
 import torch
 
 from levelset_ext.compiled import MLP, compiled_field
-from levelset_ext.field import Field, evaluation_copy, value_and_jacobian
+from levelset_ext.field import Field, as_rows, evaluation_copy, value_and_jacobian
 from levelset_ext.samplers import project
 
 Values = Callable[[np.ndarray], np.ndarray]  # positions (n, 3) float64 -> F - c (n,) float64
@@ -192,8 +192,8 @@ def _evaluate(
             part = torch.from_numpy(x[at : at + batch]).to(device=device, dtype=dtype)
             compiled = compiled_field(fn, part)
             value = fn(part) if compiled is None else compiled.values(part)
-            if len(part) == 1 and value.dim() == 0:
-                value = value[None]  # a network that ends with squeeze()
+            if len(part) == 1:
+                value = as_rows(value)
             if value.shape not in ((len(part),), (len(part), 1)):
                 raise ValueError(
                     f"fn: expected values ({len(part)},) or ({len(part)}, 1) for points "

@@ -187,8 +187,8 @@ def sweep(
         fraction(data.labels, run.fraction, run.seed)
         if run.seed == runs[0].seed:
             check_images(data, test, config)  # a share of them has the same classes
-        if common.attack is not None and run.seed == runs[0].seed:
-            _check_attack(common, test, config)
+            if common.attack is not None:
+                _check_attack(common, test, config)
     order = {run.name: run for run in runs}
     rows: dict[str, dict[str, Any]] = {}
     progress = Progress("run", len(order), every=0.0 if jobs == 1 else None)

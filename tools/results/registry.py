@@ -96,10 +96,11 @@ def _image(name: str) -> str:
 _SCANS = ("fandisk", "homer", "rocker-arm", "stanford-bunny")
 _OTHERS = ("trades", "mma", "llr", "large-margin", "standard")  # the presets of ours and Madry are
 # made for short trainings already; these get what makes them fast, too
+_SEVEN = "--methods ours,madry,trades,mma,llr,large-margin,standard"
 _EQUAL_MNIST = " ".join(
     [
         "--data $MNIST --rows 500 --every 20",
-        "--methods ours,madry,trades,mma,llr,large-margin,standard",
+        _SEVEN,
         # What ours' preset for MNIST was made for takes fifty minutes.
         "--set ours.epochs=2.5 --set ours.shift=0 --set ours.iters=2 --set ours.step=0.1",
         "--set ours.step_last=null --set ours.eps_correct=0.4 --set ours.warmup=0.4",
@@ -113,7 +114,7 @@ _EQUAL_MNIST = " ".join(
 )
 _EQUAL_DIGITS = " ".join(
     [
-        "--methods ours,madry,trades,mma,llr,large-margin,standard",
+        _SEVEN,
         "--set ours.epochs=115 --set madry.epochs=85 --set trades.epochs=85 --set mma.epochs=65",
         "--set llr.epochs=95 --set large-margin.epochs=110 --set standard.epochs=600",
         # All with what ours has: a larger box than that of the attack, its rate and its average.
@@ -125,7 +126,7 @@ _EQUAL_DIGITS = " ".join(
 _EQUAL_CIFAR = " ".join(
     [
         "--data $CIFAR --rows 500 --every 20",
-        "--methods ours,madry,trades,mma,llr,large-margin,standard",
+        _SEVEN,
         "--set ours.epochs=2 --set madry.epochs=1.95 --set trades.epochs=1.4 --set mma.epochs=1.4",
         "--set llr.epochs=1.1 --set large-margin.epochs=2.1 --set standard.epochs=4",
         # All with the box that ours has; that of MMA is larger by itself.
@@ -215,7 +216,7 @@ _FEW_OF_MNIST = {
 }
 _LONG_RUNS = ("ours", "first", "longer", "madry")
 _MULTI_TARGETED = {name: f"multi_targeted_{name}.json" for name in _LONG_RUNS}
-# On MNIST nothing of the others is left before AutoAttack's turn comes.
+# Of the standard training nothing is left before AutoAttack's turn comes.
 _ATTACKED = ("ours", "madry", "trades", "mma", "llr", "large-margin")
 _STRONGLY_ATTACKED = ("ours", "longer", "madry")
 _BENCH = ("newton", "false-position", "train-step", "nearest", "ops")

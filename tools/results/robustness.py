@@ -192,8 +192,8 @@ CHOSEN = {
     "equal_mnist": "Madry and TRADES got the better of boxes of 0.3 and 0.4, TRADES and MMA the "
     "better of rates of 0.002 and 0.005, LLR the better of 0.002 with 0.3 and 0.005 with 0.4, by "
     "PGD on 500 other test images.",
-    "equal_cifar10": "The others got our rate and, but for MMA, our box. Other work beside a "
-    "training is in its minutes, of which ours had most.",
+    "equal_cifar10": "The others got our rate and, but for MMA and Elsayed et al., our box. Other "
+    "work beside a training is in its minutes, of which ours had most.",
 }
 
 
